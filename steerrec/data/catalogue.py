@@ -1,0 +1,159 @@
+"""Catalogue: the items a recommender knows, in the order of its rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike, NDArray
+
+from steerrec.data.histories import build_histories
+from steerrec.data.interactions import Interactions
+from steerrec.data.popularity import PopularityGroups, popularity_groups
+from steerrec.data.split import held_back
+from steerrec.data.writing import whole_file
+from steerrec.errors import DataError
+
+_COLUMNS = ("row", "item_id", "title", "count")
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """Items by catalogue row.
+
+    Attributes
+    ----------
+    frame : DataFrame [N]
+        Columns `row` (Int64, 0..N-1), `item_id` (Int64 or String), `title` (String or null),
+        `count` (Int64, training interactions), then attributes.
+    """
+
+    frame: pl.DataFrame
+
+    def __post_init__(self) -> None:
+        problem = _problem(self.frame)
+        if problem:
+            raise DataError(f"not a catalogue: {problem}")
+
+    @classmethod
+    def from_interactions(cls, interactions: Interactions) -> Catalogue:
+        """The items of some interactions, in order of first appearance.
+
+        Counts are those of the leave-one-out training part.
+        """
+        num_items = len(interactions.item_ids)
+        frame = interactions.item_attributes.select(
+            pl.int_range(num_items, dtype=pl.Int64).alias("row"),
+            interactions.item_ids.alias("item_id"),
+            "title",
+            pl.lit(0, dtype=pl.Int64).alias("count"),
+            pl.exclude("title"),
+        )
+        catalogue = cls(frame)
+        histories = build_histories(interactions, catalogue)
+        train = histories.cut(held_back(histories))
+        return catalogue.with_counts(np.bincount(train.items, minlength=num_items))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Catalogue:
+        """Read what `write` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is missing, is not Parquet, or is no catalogue.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; expected a catalogue (items.parquet)")
+        try:
+            frame = pl.read_parquet(path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise DataError(f"{path} cannot be read as Parquet: {reason}") from error
+        try:
+            return cls(frame)
+        except DataError as error:
+            raise DataError(f"{path} is {error}") from error
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the frame as Parquet, whole or not at all.
+
+        Raises
+        ------
+        StorageError
+            If the file system refuses.
+        """
+        with whole_file(Path(path)) as partial:
+            self.frame.write_parquet(partial)
+
+    def __len__(self) -> int:
+        return self.frame.height
+
+    def __repr__(self) -> str:
+        return f"Catalogue(items={len(self):,}, columns={self.frame.columns})"
+
+    @property
+    def item_ids(self) -> pl.Series:
+        """External ids [N]."""
+        return self.frame["item_id"]
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """Titles [N]; the id where an item has none."""
+        ids = pl.col("item_id").cast(pl.String)
+        return self.frame.select(pl.col("title").fill_null(ids))["title"].to_list()
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Training interactions per row, int64 [N]."""
+        return self.frame["count"].to_numpy()
+
+    @cached_property
+    def groups(self) -> PopularityGroups:
+        """Head, mid and tail by these counts."""
+        return popularity_groups(self.counts)
+
+    def rows_of(self, ids: pl.Series) -> NDArray[np.int64]:
+        """Catalogue rows of external ids, int64 [M]; -1 where unknown.
+
+        Ids of different types are compared as text.
+        """
+        own = self.item_ids
+        if not (own.dtype.is_integer() and ids.dtype.is_integer()):
+            own, ids = own.cast(pl.String), ids.cast(pl.String)
+        table = pl.DataFrame({"id": own, "row": self.frame["row"]})
+        asked = pl.DataFrame({"id": ids.cast(own.dtype, strict=False)})
+        found = asked.join(table, on="id", how="left", maintain_order="left")["row"]
+        return found.fill_null(-1).to_numpy()
+
+    def with_counts(self, counts: ArrayLike) -> Catalogue:
+        """The same items with other training counts [N]."""
+        values = pl.Series("count", np.asarray(counts, dtype=np.int64))
+        if len(values) != len(self):
+            raise DataError(f"{len(values)} counts for {len(self)} items; expected one each")
+        return Catalogue(self.frame.with_columns(values))
+
+
+def _problem(frame: pl.DataFrame) -> str | None:
+    """What keeps a frame from being a catalogue."""
+    missing = [name for name in _COLUMNS if name not in frame.columns]
+    if missing:
+        return f"no column {', '.join(missing)} among {', '.join(frame.columns) or 'none'}"
+    if frame.is_empty():
+        return "it has no items"
+    if frame["row"].dtype != pl.Int64 or frame["count"].dtype != pl.Int64:
+        return "row and count have to be Int64"
+    if frame["item_id"].dtype not in (pl.Int64, pl.String) or frame["title"].dtype != pl.String:
+        return "item_id has to be Int64 or String, and title String"
+    if not np.array_equal(frame["row"].to_numpy(), np.arange(frame.height)):
+        return "its rows are not 0..N-1 in order"
+    if frame["item_id"].has_nulls() or frame["item_id"].n_unique() < frame.height:
+        return "its item ids are not unique"
+    if frame["count"].has_nulls() or int(frame["count"].to_numpy().min()) < 0:
+        return "its counts are not whole numbers >= 0"
+    return None

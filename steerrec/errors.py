@@ -1,0 +1,29 @@
+"""The errors that steerrec raises for what a caller can mend; each message is one clear line."""
+
+
+class SteerrecError(Exception):
+    """Base of all steerrec errors; the command line prints it in one line and exits with 1."""
+
+
+class DataError(SteerrecError):
+    """The interactions, the catalogue or the histories cannot be used as they are."""
+
+
+class ModelError(SteerrecError):
+    """A recommender cannot be loaded, or does not behave as its adapter promises."""
+
+
+class SiteError(SteerrecError):
+    """A site does not exist, never fires, or emits something an SAE cannot be attached to."""
+
+
+class TrainingError(SteerrecError):
+    """A training run cannot start, go on or be resumed."""
+
+
+class ArtifactError(SteerrecError):
+    """An artifact on disk is missing, damaged, or belongs to another model."""
+
+
+class StorageError(SteerrecError):
+    """A file cannot be written: no space, no permission, or something else is in its place."""
