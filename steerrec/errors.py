@@ -9,6 +9,10 @@ class DataError(SteerrecError):
     """The interactions, the catalogue or the histories cannot be used as they are."""
 
 
+class ColumnError(DataError):
+    """The data has no column of the name that was asked for."""
+
+
 class ModelError(SteerrecError):
     """A recommender cannot be loaded, or does not behave as its adapter promises."""
 

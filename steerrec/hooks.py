@@ -1,4 +1,4 @@
-"""Sites in a model, and the forward hooks that read (`capture`) or replace (`edit`) what is there.
+"""Forward hooks that read (`capture`) or replace (`edit`) what is at a site of a model.
 
 Nothing here knows what an SAE or a recommender is. Every handle that this module makes is removed
 on every exit, and nothing that the model handed over is ever written to.
@@ -7,143 +7,18 @@ on every exit, and nothing that the model handed over is ever written to.
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
-import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from dataclasses import dataclass, field
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from steerrec.errors import SiteError
-
-Layout = Literal["BLH", "LBH", "BHL", "BH"]
-Positions = Literal["user", "real", "all"]
-SelectPath = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Where a site learns which positions are real: the ids that enter module `path`.
-
-    Attributes
-    ----------
-    path
-        Dotted path of a module whose first input is the token ids [B, L] of the same forward,
-        usually the item embedding.
-    pad_id
-        The id of padding.
-    """
-
-    path: str
-    pad_id: int = 0
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a model where vectors of width H can be read or replaced.
-
-    Attributes
-    ----------
-    path
-        Dotted path of a module, as in `model.named_modules()`; `layers.-1` counts from the end.
-    at
-        Whether the module's `output` or its `input` is meant.
-    select
-        Keys and indices that lead to the tensor inside a nested output: `(0,)` for the first of a
-        tuple, `("hidden", -1)` for the last of a list in a dict. Empty for a plain tensor. For an
-        input, the first one is a position among the arguments or a keyword.
-    layout
-        Axis order of the tensor: B batch, L length, H width.
-    positions
-        Which rows: the `user` position (the last real one of each history), every `real`
-        position, or `all` of them, padding included.
-    positions_from
-        How the real positions are known: `TokenIds`, or `"last"` where every history ends at the
-        last position (left padding; enough for `user` only). Required for `user` and `real`
-        unless the layout is `BH`: a layer sees [B, L, H] but no lengths.
-    """
-
-    path: str
-    at: Literal["output", "input"] = "output"
-    select: SelectPath = ()
-    layout: Layout = "BLH"
-    positions: Positions = "user"
-    positions_from: TokenIds | Literal["last"] | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("at", self.at, ("output", "input"))
-        _one_of("layout", self.layout, get_args(Layout))
-        _one_of("positions", self.positions, get_args(Positions))
-        if self.layout == "BH" or self.positions == "all":
-            return
-        if self.positions_from is None:
-            raise SiteError(
-                f"site {self.path!r} works on {self.positions} positions but cannot know them: set "
-                "positions_from=TokenIds('<item embedding>', pad_id=...), or 'last' for "
-                "left-padded models"
-            )
-        if self.positions_from == "last" and self.positions == "real":
-            raise SiteError(
-                f"site {self.path!r}: positions_from='last' finds only the user position; expected "
-                "TokenIds(...) for positions='real'"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The site as JSON-able values; `Site.from_dict` gives an equal site back."""
-        return {**asdict(self), "select": list(self.select)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Site:
-        """Rebuild a site from `to_dict`."""
-        known = {**values, "select": tuple(values.get("select", ()))}
-        if isinstance(source := known.get("positions_from"), Mapping):
-            known["positions_from"] = TokenIds(**source)
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise SiteError(f"not a site: {error}") from error
-
-    @property
-    def folder(self) -> str:
-        """A folder name of its own for this site: slug of the path and a hash of the rest."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", self.path).strip("-") or "site"
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SiteError(f"a site's {name} is one of {', '.join(allowed)}; got {value!r}")
-
-
-def get_module(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path; negative indices count from the end of a list.
-
-    Raises
-    ------
-    SiteError
-        If there is none; the message lists the nearest names.
-    """
-    module: nn.Module = model
-    for part in path.split("."):
-        if re.fullmatch(r"-\d+", part) and isinstance(module, nn.ModuleList | nn.Sequential):
-            part = str(len(module) + int(part))
-        child = module._modules.get(part)
-        if child is None:
-            names = [name for name, _ in model.named_modules() if name]
-            near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
-            raise SiteError(
-                f"no module {path!r} in {type(model).__name__}; nearest: {', '.join(near)}"
-            )
-        module = child
-    return module
+from steerrec.sites import SelectPath, Site, TokenIds, get_module
 
 
 class SiteHook:
@@ -196,6 +71,16 @@ class SiteHook:
         while self._handles:
             self._handles.pop().remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle of a hooked model leaves the hook behind: its own does nothing."""
+        return {
+            "site": self.site,
+            "firings": 0,
+            "_function": _leave_alone,
+            "_seen": SimpleNamespace(),
+            "_handles": [],
+        }
+
     def __enter__(self) -> Self:
         return self
 
@@ -233,6 +118,11 @@ class SiteHook:
         new_rows = self._function(rows)
         if new_rows is None:
             return None
+        if new_rows.shape != rows.shape or new_rows.dtype != rows.dtype:
+            raise SiteError(
+                f"site {self.site.path!r} gives {rows.dtype} {tuple(rows.shape)}; expected the "
+                f"same of its replacement, got {new_rows.dtype} {tuple(new_rows.shape)}"
+            )
         if index is None:
             new = new_rows
         else:
@@ -255,8 +145,8 @@ class SiteHook:
             )
         if tensor.ndim != len(site.layout):
             raise SiteError(
-                f"site {site.path!r} emits shape {tuple(tensor.shape)}; expected {len(site.layout)} "
-                f"axes for layout {site.layout}"
+                f"site {site.path!r} emits shape {tuple(tensor.shape)}; expected the "
+                f"{len(site.layout)} axes of layout {site.layout}"
             )
         if site.layout == "LBH":
             return tensor.transpose(0, 1)
@@ -291,7 +181,7 @@ class SiteHook:
     def _real(self, tensor: Tensor) -> Tensor:
         """Boolean [B, L]: which positions of the tensor are not padding."""
         source = self.site.positions_from
-        assert isinstance(source, TokenIds)  # noqa: S101 (Site.__post_init__ saw to it)
+        assert isinstance(source, TokenIds)  # Site.__post_init__ saw to it
         tokens: Tensor | None = getattr(self._seen, "tokens", None)
         if tokens is None:
             raise SiteError(
@@ -306,8 +196,17 @@ class SiteHook:
         return tokens.to(tensor.device) != source.pad_id
 
 
+def _leave_alone(_: Tensor) -> None:
+    return None
+
+
 def _get(value: Any, select: SelectPath, site: Site) -> Any:
     for key in select:
+        if isinstance(value, Tensor):
+            raise SiteError(
+                f"site {site.path!r}: select={select!r} goes on inside {_shape_of(value)}; "
+                "expected it to end there"
+            )
         try:
             value = value[key]
         except (KeyError, IndexError, TypeError) as error:
@@ -325,8 +224,10 @@ def _replaced(value: Any, select: SelectPath, new: Tensor) -> Any:
     child = _replaced(value[key], rest, new)
     if isinstance(value, tuple):
         items = list(value)
-        items[key] = child  # type: ignore[call-overload]
+        items[key] = child  # type: ignore[index]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, Mapping) and isinstance(key, int) and key not in value:
+        key = list(value)[key]  # a ModelOutput can be read by position, but not written
     shallow = copy.copy(value)
     shallow[key] = child
     return shallow
@@ -392,8 +293,9 @@ def capture(model: nn.Module, *sites: Site, stop: bool = False) -> Iterator[Capt
     with _hooked(model, captured, stop) as hooks:
         try:
             yield captured
-        except _StopForward:
-            pass
+        except _StopForward as stopped:
+            if stopped.args[0] is not captured:  # an outer block's
+                raise
     for hook in hooks:
         require_fired(hook, model)
 
@@ -406,7 +308,7 @@ def _hooked(model: nn.Module, captured: Captured, stop: bool) -> Iterator[list[S
         def read(values: Tensor) -> None:
             rows.append(values.detach().clone())
             if stop and all(captured.rows.values()):
-                raise _StopForward
+                raise _StopForward(captured)
 
         return read
 
@@ -442,3 +344,58 @@ def edit(model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | Non
         model's output is then the very same object). It must not write to its argument.
     """
     return SiteHook(model, site, function)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one module behaved while a model scored.
+
+    Attributes
+    ----------
+    path, kind
+        Dotted path and class of the module.
+    firings
+        How often its forward hook fired; 0 for a module whose forward is bypassed.
+    output
+        What it emitted last: shape and dtype of a tensor, kind and size of a container.
+    """
+
+    path: str
+    kind: str
+    firings: int
+    output: str
+
+
+def layer_report(model: nn.Module, run: Callable[[], object]) -> list[LayerReport]:
+    """Which modules of a model fire, how often, and what they emit, while `run` is called.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+    run
+        Makes the model score something, once.
+    """
+    counts: dict[str, int] = {}
+    outputs: dict[str, str] = {}
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def watcher(path: str) -> Callable[..., None]:
+        def watch(_: nn.Module, __: object, output: object) -> None:
+            counts[path] = counts.get(path, 0) + 1
+            outputs[path] = _shape_of(output)
+
+        return watch
+
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    try:
+        for path, module in modules:
+            handles.append(module.register_forward_hook(watcher(path)))
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        LayerReport(path, type(module).__name__, counts.get(path, 0), outputs.get(path, "–"))
+        for path, module in modules
+    ]

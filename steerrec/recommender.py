@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError
-from steerrec.hooks import Site, capture, get_module
+from steerrec.hooks import capture
+from steerrec.sites import Site, get_module
 
 
 @dataclass(frozen=True)

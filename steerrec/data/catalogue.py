@@ -15,8 +15,8 @@ from steerrec.data.histories import build_histories
 from steerrec.data.interactions import Interactions
 from steerrec.data.popularity import PopularityGroups, popularity_groups
 from steerrec.data.split import held_back
-from steerrec.data.writing import whole_file
 from steerrec.errors import DataError
+from steerrec.files import atomic_file
 
 _COLUMNS = ("row", "item_id", "title", "count")
 
@@ -88,7 +88,7 @@ class Catalogue:
         StorageError
             If the file system refuses.
         """
-        with whole_file(Path(path)) as partial:
+        with atomic_file(Path(path)) as partial:
             self.frame.write_parquet(partial)
 
     def __len__(self) -> int:

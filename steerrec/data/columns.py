@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from steerrec.errors import DataError
+from steerrec.errors import ColumnError
 
 # Compared after `normalised`, first match wins.
 USER_NAMES = (
@@ -37,7 +37,7 @@ def choose_column(
 
     Raises
     ------
-    DataError
+    ColumnError
         If the caller names a column that is not there.
     """
     if override is None:
@@ -47,7 +47,7 @@ def choose_column(
     bare = override.split(":")[0]  # a RecBole header's `user_id:token`
     if bare in columns:
         return bare
-    raise DataError(
+    raise ColumnError(
         f"{source} has no {role} column {override!r}; its columns are {', '.join(columns)}"
     )
 

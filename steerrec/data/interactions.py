@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from steerrec.data import columns as names
 from steerrec.data.formats import LINE, RawTable, read_raw, type_attributes
-from steerrec.data.writing import whole_file
 from steerrec.errors import DataError
+from steerrec.files import atomic_file
 
 RESERVED = ("row", "item_id", "count")
 """Columns of the catalogue; an attribute of such a name gets the prefix `attribute_`."""
@@ -237,7 +237,7 @@ def write_csv(interactions: Interactions, folder: str | os.PathLike[str]) -> Non
         pl.col(pl.List(pl.String)).list.join("|")
     ).insert_column(0, interactions.item_ids.alias("item_id"))
     for name, frame in (("items.csv", items), ("interactions.csv", pl.DataFrame(rows))):
-        with whole_file(folder / name) as partial:
+        with atomic_file(folder / name) as partial:
             frame.write_csv(partial)
 
 
