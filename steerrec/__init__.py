@@ -1,0 +1,101 @@
+"""steerrec: find the neurons behind a recommender's biases, and steer them at inference.
+
+Everything public is here, and is imported when first used: `import steerrec` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerrec.activations import ActivationSampling as ActivationSampling
+    from steerrec.artifacts import Artifact as Artifact
+    from steerrec.artifacts import load_artifact as load_artifact
+    from steerrec.attribution import AttributionTable as AttributionTable
+    from steerrec.attribution import score_neurons as score_neurons
+    from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
+    from steerrec.data import Catalogue as Catalogue
+    from steerrec.data import Histories as Histories
+    from steerrec.data import build_histories as build_histories
+    from steerrec.data import leave_one_out as leave_one_out
+    from steerrec.data import read_interactions as read_interactions
+    from steerrec.data import simulate as simulate
+    from steerrec.errors import SteerrecError as SteerrecError
+    from steerrec.evaluation import evaluate as evaluate
+    from steerrec.evaluation import recommend as recommend
+    from steerrec.hooks import capture as capture
+    from steerrec.hooks import edit as edit
+    from steerrec.loading import load_recommender as load_recommender
+    from steerrec.profiles import Contrast as Contrast
+    from steerrec.profiles import popularity_contrast as popularity_contrast
+    from steerrec.recommender import ItemHead as ItemHead
+    from steerrec.recommender import Recommender as Recommender
+    from steerrec.recommender import user_vectors as user_vectors
+    from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.sites import Site as Site
+    from steerrec.sites import TokenIds as TokenIds
+    from steerrec.steering import Steering as Steering
+    from steerrec.steering import SteerTransform as SteerTransform
+    from steerrec.steering import attach as attach
+    from steerrec.tradeoff import Sweep as Sweep
+    from steerrec.tradeoff import sweep as sweep
+    from steerrec.training import SAETraining as SAETraining
+    from steerrec.training import fit_autoencoder as fit_autoencoder
+
+_HOME = {
+    "ActivationSampling": "activations",
+    "Artifact": "artifacts",
+    "AttributionTable": "attribution",
+    "Catalogue": "data",
+    "Contrast": "profiles",
+    "Histories": "data",
+    "ItemHead": "recommender",
+    "Recommender": "recommender",
+    "SAETraining": "training",
+    "Site": "sites",
+    "SparseAutoencoder": "autoencoder",
+    "SteerTransform": "steering",
+    "Steering": "steering",
+    "SteerrecError": "errors",
+    "Sweep": "tradeoff",
+    "TokenIds": "sites",
+    "attach": "steering",
+    "build_histories": "data",
+    "capture": "hooks",
+    "edit": "hooks",
+    "evaluate": "evaluation",
+    "fit_autoencoder": "training",
+    "leave_one_out": "data",
+    "load_artifact": "artifacts",
+    "load_recommender": "loading",
+    "plot_tradeoff": "report",
+    "popularity_contrast": "profiles",
+    "read_interactions": "data",
+    "recommend": "evaluation",
+    "score_neurons": "attribution",
+    "simulate": "data",
+    "sweep": "tradeoff",
+    "user_vectors": "recommender",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("steerrec")
+        except PackageNotFoundError:
+            return "0+unknown"
+    if name not in _HOME:
+        raise AttributeError(f"module 'steerrec' has no attribute {name!r}")
+    value = getattr(import_module(f"steerrec.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

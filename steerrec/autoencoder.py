@@ -1,0 +1,151 @@
+"""The TopK sparse autoencoder (Gao et al. 2024): encode, decode, and its sparse latents.
+
+Training it is in `training`, editing its pre-activations in `steering`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steerrec.errors import ArtifactError
+
+
+class Latents(NamedTuple):
+    """The k active latents of each row.
+
+    `values` [B, k] are non-negative (a latent whose pre-activation is not positive counts as
+    active with value 0), `indices` [B, k] say which latents they are.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+    def dense(self, d_sae: int) -> Tensor:
+        """The latents as [B, d_sae], zero where inactive."""
+        out = self.values.new_zeros(len(self.values), d_sae)
+        return out.scatter_(1, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `SparseAutoencoder.forward` returns.
+
+    Attributes
+    ----------
+    x_hat
+        The reconstruction, [B, d_in].
+    latents
+        The active latents that it is made of.
+    pre_acts
+        Pre-activations of all latents, [B, d_sae].
+    """
+
+    x_hat: Tensor
+    latents: Latents
+    pre_acts: Tensor
+
+
+class SparseAutoencoder(nn.Module):
+    """TopK sparse autoencoder.
+
+    ``z = (x - b_dec) @ W_enc + b_enc``, ``f = TopK(ReLU(z))``, ``x_hat = f @ W_dec + b_dec``
+    (Gao et al. 2024, "Scaling and evaluating sparse autoencoders").
+
+    Parameters
+    ----------
+    d_in
+        Width of the vectors.
+    d_sae
+        Number of latents.
+    k
+        How many latents are active at once.
+    generator
+        Seeds the initial decoder directions.
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 < k <= d_sae:
+            raise ValueError(f"k is {k}; expected between 1 and the number of latents, {d_sae}")
+        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.T.clone(memory_format=torch.contiguous_format))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """Pre-activations [B, d_sae] of `x` [B, d_in]."""
+        if x.shape[-1] != self.d_in:
+            raise ArtifactError(
+                f"the SAE reads vectors of width {self.d_in}, the site gives {x.shape[-1]}; attach "
+                "it where it was trained, or train one for this site"
+            )
+        # one matrix product with a fused bias: (x - b_dec) W + b = x W + (b - b_dec W)
+        return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
+
+    def activate(self, pre_acts: Tensor) -> Latents:
+        """ReLU and TopK: the k largest pre-activations of each row, clipped at zero."""
+        values, indices = pre_acts.topk(self.k, dim=-1, sorted=False)
+        return Latents(values.relu(), indices)
+
+    def encode(self, x: Tensor) -> Latents:
+        """The active latents of `x` [B, d_in]."""
+        return self.activate(self.pre_acts(x))
+
+    def directions(self, latents: Latents) -> Tensor:
+        """The sum of decoder rows weighted by the latents, without bias: [B, d_in]."""
+        return F.embedding_bag(
+            latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum"
+        )
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Reconstruction [B, d_in] from the active latents."""
+        return self.directions(latents) + self.b_dec
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        """Encode and decode `x` [B, d_in]."""
+        pre_acts = self.pre_acts(x)
+        latents = self.activate(pre_acts)
+        return Reconstruction(self.decode(latents), latents, pre_acts)
+
+    @torch.no_grad()
+    def fold_normalisation(self, mean: Tensor, scale: Tensor | float) -> SparseAutoencoder:
+        """An SAE of raw vectors, equal to this one applied to ``(x - mean) / scale``.
+
+        Its reconstruction is ``scale * x_hat + mean``. Latents and their order are unchanged, so
+        decoder rows get length `scale` and must not be re-normalised.
+        """
+        folded = SparseAutoencoder(self.d_in, self.d_sae, self.k)
+        folded.W_enc.copy_(self.W_enc / scale)
+        folded.b_enc.copy_(self.b_enc)
+        folded.W_dec.copy_(self.W_dec * scale)
+        folded.b_dec.copy_(self.b_dec * scale + mean)
+        return folded.to(self.W_enc.device)
+
+    def config(self) -> dict[str, Any]:
+        """The SAELens-compatible `cfg.json` of this SAE, less its metadata."""
+        return {
+            "architecture": "topk",
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "k": self.k,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "rescale_acts_by_decoder_norm": False,
+        }
+
+
+def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> Tensor:
+    """FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2, over all rows of [B, d_in]."""
+    return (x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum()

@@ -1,0 +1,119 @@
+"""Finding a recommender from what a user types: a folder, a Hub id, or a function of theirs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from steerrec.errors import ModelError
+from steerrec.recommender import Recommender
+
+_FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BUILT_IN = {"sasrec": "steerrec.adapters.sasrec:load"}
+_MODEL_TYPES = {"steerrec_sasrec": "sasrec"}
+
+
+def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Recommender:
+    """Load a recommender.
+
+    Parameters
+    ----------
+    spec
+        A saved MODEL folder, the id of a Hub repository, ``adapter:path`` for another library's
+        checkpoint, or ``pkg.module:function`` returning a `Recommender`. The function is imported
+        and called: give only one that you trust.
+    device
+        Where the model goes.
+    **hub
+        `revision`, `token`, `cache_dir`, `local_files_only`, for a Hub repository.
+
+    Raises
+    ------
+    ModelError
+        If nothing of the kind can be found or loaded.
+    """
+    text = str(spec)
+    path = Path(spec)
+    if path.is_dir():
+        return _adapter(_adapter_of_folder(path))(path, device=device)
+    name, _, rest = text.partition(":")
+    if rest and name in _adapter_targets():
+        return _adapter(name)(rest, device=device, **hub)
+    if match := _FUNCTION.fullmatch(text):
+        return _from_function(match["module"], match["function"])
+    if _HUB_ID.fullmatch(text) and not path.exists():
+        try:
+            return _adapter("sasrec")(text, device=device, **hub)
+        except ModelError as error:
+            raise ModelError(f"{text!r} is no folder here; as a Hub id: {error}") from error
+    known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
+    raise ModelError(
+        f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "
+        f"'org/name', pkg.module:function, or {known}"
+    )
+
+
+def model_record(spec: str | Path) -> dict[str, Any]:
+    """What a MODEL folder records of its data and training; empty for any other kind of model."""
+    file = Path(spec) / "steerrec.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ModelError(f"{file} is not a JSON object; expected the record of a training run")
+    return record
+
+
+def _adapter_targets() -> dict[str, str]:
+    installed = {point.name: point.value for point in entry_points(group="steerrec.adapters")}
+    return {**_BUILT_IN, **installed}
+
+
+def _adapter(name: str) -> Callable[..., Recommender]:
+    module, _, attribute = _adapter_targets()[name].partition(":")
+    loader: Callable[..., Recommender] = getattr(importlib.import_module(module), attribute)
+    return loader
+
+
+def _adapter_of_folder(path: Path) -> str:
+    file = path / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not a saved model: it has no config.json with a model_type; expected a "
+            "folder written by `steerrec train`"
+        ) from error
+    if model_type not in _MODEL_TYPES:
+        raise ModelError(
+            f"{path} holds a {model_type!r} model; steerrec can open {', '.join(_MODEL_TYPES)}; "
+            "wrap any other in a function and give pkg.module:function"
+        )
+    return _MODEL_TYPES[model_type]
+
+
+def _from_function(module: str, function: str) -> Recommender:
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{module}:{function} cannot be imported: {error}") from error
+    if not callable(make):
+        raise ModelError(
+            f"{module}:{function} is a {type(make).__name__}; expected a function that returns a "
+            "steerrec.Recommender"
+        )
+    rec = make()
+    if not isinstance(rec, Recommender):
+        raise ModelError(
+            f"{module}:{function} returned a {type(rec).__name__}; expected a steerrec.Recommender"
+        )
+    return rec

@@ -1,0 +1,98 @@
+"""Plots of what steering gains and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerrec.files import atomic_file
+from steerrec.tradeoff import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLUE, _GREY, _ORANGE = "#1f5fa8", "#8a8f98", "#d9730d"
+
+
+def plot_tradeoff(sweep: Sweep, path: str | Path, *, title: str, budget: float = 0.05) -> None:
+    """Draw nDCG against Gini and against LTC over the strengths of a sweep, as PNG, SVG or PDF.
+
+    Test metrics; the strength chosen on validation at `budget` is marked, and the nDCG that the
+    budget allows is shaded.
+
+    Parameters
+    ----------
+    sweep
+        From `steerrec.sweep()`.
+    path
+        Where to; the suffix says the format.
+    title
+        What was steered, in a line.
+    budget
+        Share of nDCG that may be given.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    protocol = sweep.points[0].test.protocol
+    k = protocol["k"]
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (
+        (f"gini@{k}", f"Gini@{k} of item exposure  (lower is fairer)"),
+        (f"ltc@{k}", f"Long-tail coverage@{k}  (higher is better)"),
+    )
+    for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        _draw(axes, sweep, metric, budget)
+        axes.set_ylabel(label)
+        axes.set_xlabel(f"nDCG@{k}  (higher is better)")
+    seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
+    subtitle = f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}"
+    figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.text(0.01, 0.915, subtitle, fontsize=9.5, color="#555b64")
+    suffix = Path(path).suffix.lstrip(".") or "png"
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=160)
+
+
+def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
+    ndcg = metric.replace(metric.partition("@")[0], "ndcg")
+    x = [point.test.metrics[ndcg] for point in sweep.points]
+    y = [point.test.metrics[metric] for point in sweep.points]
+    axes.axvspan(x[0] * (1 - budget), x[0], color=_BLUE, alpha=0.07, lw=0)
+    axes.plot(x, y, color=_BLUE, lw=2, marker="o", ms=5, zorder=3)
+    axes.scatter(x[:1], y[:1], s=90, color=_GREY, zorder=4, label="unsteered")
+    chosen = sweep.within(budget)
+    if chosen.alpha:
+        axes.scatter(
+            [chosen.test.metrics[ndcg]],
+            [chosen.test.metrics[metric]],
+            s=110,
+            color=_ORANGE,
+            zorder=5,
+            label=f"α = {chosen.alpha:g}, chosen on validation at {budget:.0%} nDCG",
+        )
+    side = 1 if metric.startswith("gini") else -1  # labels away from the curve
+    for point, px, py in list(zip(sweep.points, x, y, strict=True))[1:]:
+        axes.annotate(
+            f"{point.alpha:g}",
+            (px, py),
+            xytext=(7, -11 * side if side > 0 else 5),
+            textcoords="offset points",
+            fontsize=8.5,
+            color="#333a44",
+        )
+    axes.annotate(
+        "α →" if x[-1] > x[0] else "← α",
+        (x[len(x) // 2], y[len(y) // 2]),
+        xytext=(-34, 8 * side),
+        textcoords="offset points",
+        fontsize=10,
+        color=_BLUE,
+    )
+    axes.grid(color="#e6e8eb", lw=0.8)
+    axes.set_axisbelow(True)
+    for edge in ("top", "right"):
+        axes.spines[edge].set_visible(False)
+    axes.margins(x=0.08, y=0.1)
+    axes.legend(frameon=False, fontsize=9, loc="best")

@@ -1,0 +1,133 @@
+"""The trade-off of a steering over its strengths: accuracy against exposure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steerrec.autoencoder import SparseAutoencoder
+from steerrec.data import Split
+from steerrec.evaluation import Evaluation, Which, capture_held_out, evaluate, measure
+from steerrec.progress import track
+from steerrec.recommender import Recommender
+from steerrec.sites import Site
+from steerrec.steering import Steering, SteerTransform, attach
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One strength, measured on validation and on test."""
+
+    alpha: float
+    valid: Evaluation
+    test: Evaluation
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trade-off of one steering over its strengths; the first point is the unsteered model.
+
+    Attributes
+    ----------
+    points
+        In the order of the strengths, strength 0 first.
+    steering
+        Name and provenance of the recipe.
+    """
+
+    points: tuple[SweepPoint, ...]
+    steering: dict[str, Any]
+
+    def within(self, budget: float) -> SweepPoint:
+        """The strength to use at an nDCG budget, chosen on validation alone.
+
+        Admissible is what keeps nDCG at or above ``(1 - budget) * base`` and nDCG on tail targets
+        at or above its base; among those the lowest Gini is taken.
+        """
+        base = self.points[0].valid.metrics
+        ndcg, tail, gini = (_key(base, name) for name in ("ndcg", "ndcg_tail", "gini"))
+        admissible = [
+            point
+            for point in self.points
+            if point.valid.metrics[ndcg] >= (1 - budget) * base[ndcg]
+            and not point.valid.metrics[tail] < base[tail]
+        ]
+        return min(admissible, key=lambda point: point.valid.metrics[gini])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All points, and the choice at budgets of 1, 5 and 10 %, as JSON-able values."""
+        return {
+            "steering": self.steering,
+            "points": [
+                {"alpha": p.alpha, "valid": p.valid.to_dict(), "test": p.test.to_dict()}
+                for p in self.points
+            ],
+            "chosen_on_validation": {
+                f"{budget:.0%}": self.within(budget).alpha for budget in BUDGETS
+            },
+        }
+
+
+BUDGETS = (0.01, 0.05, 0.10)
+"""Shares of nDCG that a user may be ready to give."""
+
+DEFAULT_ALPHAS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
+"""Ten strengths that cover the useful range of the PopSteer rule."""
+
+
+def sweep(
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    steering: Steering,
+    split: Split,
+    *,
+    site: Site | None = None,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    k: int = 10,
+    mask_seen: bool = False,
+) -> Sweep:
+    """Measure a steering at many strengths, on validation and on test.
+
+    Where the SAE sits on the scored vector itself, user vectors are captured once and steered
+    again for each strength; anywhere else the model has to run each time.
+
+    Parameters
+    ----------
+    rec, sae, steering, split
+        What to steer, with what, measured on whom.
+    site
+        Where the SAE belongs; the recommender's own site by default.
+    alphas
+        Strengths; 0 is always measured first.
+    k, mask_seen
+        See `measure`.
+    """
+    strengths = (0.0, *(alpha for alpha in alphas if alpha != 0))
+    on_scored_vector = site is None or site == rec.site
+    found: dict[Which, list[Evaluation]] = {"valid": [], "test": []}
+    for which, results in found.items():
+        held_out = capture_held_out(rec, split, which) if on_scored_vector else None
+        for alpha in track(strengths, f"strengths on {which}", unit="alpha"):
+            recipe = steering.with_alpha(alpha)
+            if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
+                base = held_out or capture_held_out(rec, split, which)
+                results.append(measure(rec, base, k=k, mask_seen=mask_seen))
+            elif held_out is not None:
+                transform = SteerTransform(sae, recipe)
+                results.append(
+                    measure(rec, held_out, k=k, mask_seen=mask_seen, transform=transform)
+                )
+            else:
+                with attach(rec, sae, site=site, steering=recipe):
+                    results.append(evaluate(rec, split, which=which, k=k, mask_seen=mask_seen))
+    points = zip(strengths, found["valid"], found["test"], strict=True)
+    return Sweep(
+        tuple(SweepPoint(*point) for point in points),
+        {"name": steering.name, "splice": steering.splice, **steering.provenance},
+    )
+
+
+def _key(metrics: dict[str, float], name: str) -> str:
+    """The full name of a metric, `gini@10` for `gini`, whatever k is."""
+    return next(key for key in metrics if key.partition("@")[0] == name)

@@ -1,0 +1,375 @@
+"""Fitting a TopK sparse autoencoder to captured activations: loss, loop, exact resume, report."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
+from steerrec.autoencoder import (
+    Latents,
+    Reconstruction,
+    SparseAutoencoder,
+    fraction_of_variance_unexplained,
+)
+from steerrec.checkpoint import Checkpoint
+from steerrec.data import Histories
+from steerrec.errors import TrainingError
+from steerrec.moments import RunningMoments
+from steerrec.progress import track
+from steerrec.recommender import Recommender
+from steerrec.sites import Site
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SAETraining:
+    """How an SAE is trained.
+
+    Attributes
+    ----------
+    latents, k
+        Number of latents, and how many are active at once.
+    epochs
+        Passes over the captured rows.
+    learning_rate
+        Peak of Adam's learning rate; it falls linearly to 0 over the last fifth of the steps.
+    aux_k
+        How many dead latents the auxiliary loss uses at once.
+    aux_weight
+        Its weight.
+    dead_after
+        A latent is dead once it has not been active in this many rows, or in an epoch of them
+        where that is less.
+    seed
+        Same seed, data and machine: same weights.
+    """
+
+    latents: int = 4096
+    k: int = 32
+    epochs: int = 15
+    batch_size: int = 2048
+    learning_rate: float = 3e-3
+    aux_k: int = 64
+    aux_weight: float = 1 / 32
+    dead_after: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k <= self.latents:
+            raise TrainingError(
+                f"k is {self.k}; expected between 1 and the number of latents, {self.latents}"
+            )
+
+
+def auxiliary_loss(
+    sae: SparseAutoencoder, x: Tensor, out: Reconstruction, dead: Tensor, aux_k: int
+) -> Tensor:
+    """AuxK: the share of the residual that the dead latents fail to explain (Gao et al. 2024, A.2).
+
+    The `aux_k` dead latents with the largest raw pre-activations reconstruct what the live ones
+    left over. No ReLU: a latent whose pre-activations are negative everywhere would otherwise
+    never see a gradient again.
+
+    Parameters
+    ----------
+    sae
+        The SAE in training.
+    x
+        Batch [B, d_in].
+    out
+        Its reconstruction.
+    dead
+        Numbers of the dead latents, [D].
+    aux_k
+        How many to use for each row.
+    """
+    if len(dead) == 0:
+        return x.new_zeros(())
+    residual = (x - out.x_hat).detach()
+    values, order = out.pre_acts[:, dead].topk(min(aux_k, len(dead)), dim=-1, sorted=False)
+    guess = sae.directions(Latents(values, dead[order]))
+    return (residual - guess).square().sum() / residual.square().sum().clamp_min(1e-12)
+
+
+def train_autoencoder(
+    shards: ActivationShards, training: SAETraining, *, work: str | Path, device: str = "cpu"
+) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Train an SAE from shards, with a true shuffle over all rows and a checkpoint each epoch.
+
+    Rows are centred and scaled by one number for training; the result is folded back and reads
+    raw activations.
+
+    Parameters
+    ----------
+    shards
+        The rows to train on.
+    training
+        Procedure.
+    work
+        Folder for the checkpoint; a later call with the same settings goes on from it and ends in
+        the very weights of an uninterrupted run.
+    device
+        Where to train.
+
+    Returns
+    -------
+    sae, summary
+        The SAE on the CPU, and a JSON-able record of the run.
+
+    Raises
+    ------
+    TrainingError
+        If a checkpoint of other settings is in the way, or the loss is not finite.
+    """
+    run = _Run(shards, training, Path(work), torch.device(device))
+    run.resume()
+    bar = track(range(run.epoch, training.epochs), "SAE epochs", unit="epoch")
+    for _ in bar:
+        run.train_epoch()
+        run.save()
+        bar.set_postfix_str(f"FVU {run.log[-1]['fvu']:.4f}, dead {run.log[-1]['dead']}")
+    bar.close()
+    summary = {"training": asdict(training), "rows": len(shards), "log": run.log}
+    sae = run.sae.fold_normalisation(run.mean, run.scale).cpu()
+    return sae.requires_grad_(False), summary
+
+
+class _Run:
+    """The state of one training run between epochs."""
+
+    def __init__(
+        self, shards: ActivationShards, training: SAETraining, work: Path, device: torch.device
+    ) -> None:
+        if len(shards) < training.batch_size // 8 or len(shards) < 2:
+            raise TrainingError(
+                f"only {len(shards)} rows of activations; expected at least "
+                f"{max(2, training.batch_size // 8)}: use more data or a smaller batch size"
+            )
+        self.shards, self.training, self.device = shards, training, device
+        self.mean, self.scale = _normalisation(shards)
+        generator = torch.Generator().manual_seed(training.seed)
+        self.sae = SparseAutoencoder(
+            shards.width, training.latents, training.k, generator=generator
+        ).to(device)
+        self.match_length(generator)
+        self.optimizer = torch.optim.Adam(
+            self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
+        )
+        self.epoch = 0
+        self.rows_since_fired = torch.zeros(training.latents, dtype=torch.int64, device=device)
+        self.log: list[dict[str, float]] = []
+        self.dead_after = min(training.dead_after, len(shards))
+        settings = {"training": asdict(training), "rows": len(shards), "scale": self.scale}
+        self.checkpoint = Checkpoint(work / "checkpoint.safetensors", settings)
+
+    @torch.no_grad()
+    def match_length(self, generator: torch.Generator) -> None:
+        """Scale the encoder so that the first reconstructions have the length that fits best.
+
+        With many more latents than dimensions the k chosen decoder rows point much the same way,
+        and an encoder equal to their transpose would overshoot several times over.
+        """
+        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
+        x = (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
+        x_hat = self.sae(x).x_hat
+        self.sae.W_enc.mul_((x * x_hat).sum() / x_hat.square().sum())
+
+    @property
+    def dead(self) -> Tensor:
+        """Numbers of the latents that are dead now."""
+        return (self.rows_since_fired >= self.dead_after).nonzero().squeeze(1)
+
+    def train_epoch(self) -> None:
+        training = self.training
+        rng = np.random.default_rng([training.seed, self.epoch])
+        order = rng.permutation(len(self.shards))
+        size = min(training.batch_size, len(order))
+        batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+        fvu = torch.zeros((), device=self.device)
+        mean = self.mean.to(self.device)
+        for step, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
+            x = (self.shards.gather(rows).to(self.device) - mean) / self.scale
+            self.set_learning_rate(self.epoch * len(batches) + step, len(batches))
+            fvu += self.step(x)
+        value = float(fvu) / len(batches)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the SAE's loss became {value} in epoch {self.epoch + 1}; lower the learning rate "
+                f"({training.learning_rate})"
+            )
+        self.epoch += 1
+        self.log.append({"epoch": self.epoch, "fvu": value, "dead": len(self.dead)})
+        logger.info("SAE epoch %d: %s", self.epoch, self.log[-1])
+
+    def step(self, x: Tensor) -> Tensor:
+        """One optimiser step on a batch; returns its FVU."""
+        sae = self.sae
+        out = sae(x)
+        fvu = fraction_of_variance_unexplained(x, out.x_hat)
+        dead = self.dead
+        loss = fvu
+        if len(dead):
+            aux = auxiliary_loss(sae, x, out, dead, self.training.aux_k)
+            loss = loss + self.training.aux_weight * aux
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _project_decoder_gradient(sae)
+        self.optimizer.step()
+        with torch.no_grad():
+            sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+            fired = out.latents.indices[out.latents.values > 0]
+            self.rows_since_fired += len(x)
+            self.rows_since_fired[fired] = 0
+        return fvu.detach()
+
+    def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
+        total = steps_per_epoch * self.training.epochs
+        factor = min(1.0, 5 * (1 - step / total), (step + 1) / 100)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.learning_rate * factor
+
+    def save(self) -> None:
+        parts = {
+            "sae": self.sae.state_dict(),
+            "dead": {"rows_since_fired": self.rows_since_fired},
+        }
+        self.checkpoint.save(parts, self.optimizer, {"epoch": self.epoch, "log": self.log})
+
+    def resume(self) -> None:
+        found = self.checkpoint.load(self.optimizer)
+        if found is None:
+            return
+        parts, state = found
+        self.sae.load_state_dict(parts["sae"])
+        self.rows_since_fired = parts["dead"]["rows_since_fired"].to(self.device)
+        self.epoch, self.log = state["epoch"], state["log"]
+
+
+@torch.no_grad()
+def _project_decoder_gradient(sae: SparseAutoencoder) -> None:
+    """Take out of the gradient what would only change the length of the decoder rows."""
+    gradient = sae.W_dec.grad
+    if gradient is not None:
+        gradient -= (gradient * sae.W_dec).sum(dim=1, keepdim=True) * sae.W_dec
+
+
+def _normalisation(shards: ActivationShards) -> tuple[Tensor, float]:
+    """Mean [H] of the rows and the root mean square of what is left, over all values."""
+    moments = RunningMoments(shards.width)
+    for rows in shards.chunks():
+        moments.update(shards.gather(rows))
+    scale = float(moments.variance.mean().sqrt())
+    if scale == 0:
+        raise TrainingError("all activations are equal; there is nothing for an SAE to learn")
+    return moments.mean.float(), scale
+
+
+@torch.no_grad()
+def reconstruction_report(
+    sae: SparseAutoencoder, held_out: ActivationShards, seen: ActivationShards
+) -> dict[str, Any]:
+    """How well an SAE reconstructs.
+
+    Parameters
+    ----------
+    sae
+        The SAE.
+    held_out
+        Rows of users that it was not trained on: FVU and L0 are measured there.
+    seen
+        Rows that it was trained on; a latent that is active on none of either is dead.
+
+    Returns
+    -------
+    dict
+        `fvu`, None if the rows held out are all alike; `l0`, the mean number of latents with a
+        positive value; `dead_share`; `rows`.
+    """
+    moments = RunningMoments(sae.d_in)
+    for rows in held_out.chunks():
+        moments.update(held_out.gather(rows))
+    mean = moments.mean.float()
+    alive = torch.zeros(sae.d_sae, dtype=torch.bool)
+    residual = total = 0.0
+    active = 0
+    for shards in (held_out, seen):
+        for rows in shards.chunks():
+            x = shards.gather(rows)
+            out = sae(x)
+            positive = out.latents.values > 0
+            alive[out.latents.indices[positive]] = True
+            if shards is held_out:
+                residual += float((x - out.x_hat).square().sum(dtype=torch.float64))
+                total += float((x - mean).square().sum(dtype=torch.float64))
+                active += int(positive.sum())
+    return {
+        "fvu": residual / total if total else None,
+        "l0": active / len(held_out),
+        "dead_share": float((~alive).double().mean()),
+        "rows": len(held_out),
+    }
+
+
+def fit_autoencoder(
+    rec: Recommender,
+    train: Histories,
+    *,
+    site: Site | None = None,
+    training: SAETraining | None = None,
+    sampling: ActivationSampling | None = None,
+    work: str | Path | None = None,
+    device: str = "cpu",
+) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Capture activations of a frozen recommender and train an SAE on them.
+
+    Parameters
+    ----------
+    rec
+        The frozen recommender.
+    train
+        Training histories.
+    site
+        Where to attach; the recommender's own site by default.
+    training, sampling
+        Procedure, and which prefixes to learn from.
+    work
+        Folder for shards and checkpoint, to be continued after an interruption; a temporary one
+        by default.
+    device
+        Where to train.
+
+    Returns
+    -------
+    sae, summary
+        The SAE, and a JSON-able record: settings, `log` by epoch, and `reconstruction` with FVU,
+        L0 and dead share.
+    """
+    if work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return fit_autoencoder(
+                rec,
+                train,
+                site=site,
+                training=training,
+                sampling=sampling,
+                work=folder,
+                device=device,
+            )
+    shards = Path(work) / "activations"
+    capture_activations(rec, train, shards, site=site, sampling=sampling)
+    seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
+    sae, summary = train_autoencoder(seen, training or SAETraining(), work=work, device=device)
+    summary["sampling"] = vars(sampling or ActivationSampling()) | {}
+    summary["reconstruction"] = reconstruction_report(sae, held_out, seen)
+    return sae, summary

@@ -1,0 +1,529 @@
+"""Artifacts on disk: what is written, what comes back, and everything that is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from steerrec import artifacts
+from steerrec.artifacts import Artifact, load_artifact, save_steering, save_table
+from steerrec.attribution import AttributionTable, score_neurons
+from steerrec.autoencoder import SparseAutoencoder
+from steerrec.errors import ArtifactError, StorageError
+from steerrec.hooks import Site
+from steerrec.profiles import popularity_contrast
+from steerrec.steering import Steering, SteerTransform
+
+from .tiny import random_histories, random_recommender
+
+D_IN, D_SAE, K = 4, 12, 3
+DATA = {"format": "csv", "user_col": "user", "k_core": 5, "dedup": False}
+TRAINING = {"log": [{"epoch": 1, "fvu": 0.125}], "reconstruction": {"fvu": 0.02, "l0": 2.5}}
+
+
+@pytest.fixture
+def rec():
+    return random_recommender(width=D_IN)
+
+
+@pytest.fixture
+def sae():
+    generator = torch.Generator().manual_seed(0)
+    sae = SparseAutoencoder(D_IN, D_SAE, K, generator=generator).requires_grad_(False)
+    return sae.fold_normalisation(torch.tensor([1.0, 2.0, 3.0, 4.0]), 2.0)
+
+
+@pytest.fixture
+def table(rec, sae):
+    return score_neurons(rec, sae, popularity_contrast(rec.catalogue), random_histories(), users=50)
+
+
+@pytest.fixture
+def artifact(rec, sae, table):
+    """One with everything in it."""
+    made = Artifact.create(rec, sae, training=TRAINING, data=DATA)
+    here = made.at()
+    here.tables[table.name] = table
+    recipe = Steering.popsteer(table, alpha=1.5, neurons=4, splice="reconstruct")
+    here.steerings[recipe.name] = recipe
+    return made
+
+
+@pytest.fixture
+def saved(artifact, tmp_path):
+    """The same on disk, alone in a folder."""
+    artifact.save(tmp_path / "home" / "artifact")
+    return tmp_path / "home" / "artifact"
+
+
+@pytest.fixture
+def here(rec, saved):
+    """The site's folder in it."""
+    return saved / rec.site.folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(path, **changes):
+    tensors = {**load_file(path), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+# --- round trip
+
+
+def test_everything_comes_back(artifact, saved, rec):
+    loaded = load_artifact(saved, rec=rec)
+    assert loaded.base_model == artifact.base_model
+    assert loaded.data == DATA
+    assert list(loaded.sites) == [rec.site.folder]
+    one, other = artifact.at(), loaded.at()
+    assert other.site == rec.site
+    assert other.training == TRAINING
+    assert (other.sae.d_in, other.sae.d_sae, other.sae.k) == (D_IN, D_SAE, K)
+    for name, tensor in one.sae.state_dict().items():
+        assert torch.equal(other.sae.state_dict()[name], tensor)
+    assert not any(parameter.requires_grad for parameter in other.sae.parameters())
+
+
+def test_tables_come_back(artifact, saved):
+    one, other = artifact.at().table("popularity"), load_artifact(saved).at().table("popularity")
+    assert set(other.columns) == set(one.columns)
+    assert all(torch.equal(other[name], one[name]) for name in one.columns)
+    assert other.contrast == one.contrast
+    assert other.provenance == one.provenance
+
+
+def test_steerings_come_back(artifact, saved):
+    one = artifact.at().steerings["popsteer"]
+    other = load_artifact(saved).at().steerings["popsteer"]
+    assert torch.equal(other.shift, one.shift)
+    assert (other.alpha, other.splice, other.name) == (1.5, "reconstruct", "popsteer")
+    assert other.provenance == one.provenance
+
+
+def test_saving_again_what_was_loaded_gives_the_same_files(saved, tmp_path):
+    load_artifact(saved).save(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved)
+
+
+def test_sites_of_token_ids_and_nested_outputs_come_back(rec, sae, tmp_path):
+    site = Site("item_embedding", select=(0, "hidden"), positions_from="last")
+    Artifact.create(rec, sae, site=site).save(tmp_path / "artifact")
+    assert load_artifact(tmp_path / "artifact").at().site == site
+
+
+def test_a_transform_needs_nothing_but_the_artifact(artifact, saved):
+    vectors = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(1))
+    here, loaded = artifact.at(), load_artifact(saved)
+    recipe = here.steerings["popsteer"]
+    expected = SteerTransform(here.sae, recipe)(vectors)
+    assert torch.equal(loaded.transform(recipe)(vectors), expected)
+    rule = SteerTransform(here.sae, Steering.popsteer(here.table("popularity")))(vectors)
+    assert torch.equal(loaded.transform()(vectors), rule)
+    assert not torch.equal(rule, expected)
+
+
+# --- layout
+
+
+def test_the_layout_on_disk(saved, rec):
+    site = rec.site.folder
+    assert set(contents(saved)) == {
+        "README.md",
+        "steerrec.json",
+        f"{site}/cfg.json",
+        f"{site}/sae_weights.safetensors",
+        f"{site}/attribution/popularity.safetensors",
+        f"{site}/steering/popsteer.safetensors",
+    }
+
+
+def test_the_record_names_model_data_sites_and_versions(saved, rec):
+    record = json.loads((saved / "steerrec.json").read_text())
+    assert record["format_version"] == 1
+    assert record["base_model"]["adapter"] == "tiny"
+    assert record["base_model"]["source"] == "tests/unit/tiny.py"
+    assert record["base_model"]["fingerprint"][rec.site.folder]["class"] == "MeanModel"
+    assert record["data"] == DATA
+    assert record["sites"] == {
+        rec.site.folder: {"site": rec.site.to_dict(), "training": TRAINING},
+    }
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_configuration_is_one_that_saelens_opens(here):
+    config = json.loads((here / "cfg.json").read_text())
+    assert config.pop("metadata") == {"model_name": "tests/unit/tiny.py", "hook_name": "mean"}
+    assert config == {
+        "architecture": "topk",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "k": K,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }
+
+
+def test_weights_are_float32_and_the_decoder_is_not_renormalised(here, sae):
+    weights = load_file(here / "sae_weights.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == {
+        "W_enc": (D_IN, D_SAE),
+        "b_enc": (D_SAE,),
+        "W_dec": (D_SAE, D_IN),
+        "b_dec": (D_IN,),
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.full((D_SAE,), 2.0))
+
+
+def test_tables_and_recipes_carry_their_definitions_as_json(here):
+    with safe_open(here / "attribution" / "popularity.safetensors", framework="pt") as file:
+        made = json.loads(file.metadata()["table"])
+    assert made["contrast"]["name"] == "popularity"
+    assert made["provenance"]["n_a"] == 50
+    with safe_open(here / "steering" / "popsteer.safetensors", framework="pt") as file:
+        recipe = json.loads(file.metadata()["steering"])
+    assert (recipe["operation"], recipe["alpha"]) == ("shift", 1.5)
+
+
+def test_nothing_written_is_a_pickle(saved):
+    """JSON, text, or safetensors: a length, and a JSON header of that length."""
+    for name, data in contents(saved).items():
+        if name.endswith(".safetensors"):
+            json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        else:
+            assert name.endswith((".json", ".md"))
+            data.decode("utf-8")
+
+
+def test_the_card_has_the_numbers(saved):
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: steerrec\n")
+    assert f"| `mean` | {D_SAE} | {K} | 0.02 | 2.5 | – |" in card
+
+
+def test_a_double_precision_sae_and_recipe_are_written_as_float32(rec, sae, tmp_path):
+    made = Artifact.create(rec, sae.double())
+    made.at().steerings["mine"] = Steering(torch.ones(D_SAE, dtype=torch.float64), name="mine")
+    made.save(tmp_path / "artifact")
+    assert torch.equal(
+        load_artifact(tmp_path / "artifact").at().steerings["mine"].shift, torch.ones(D_SAE)
+    )
+
+
+# --- whose artifact it is
+
+
+def test_the_same_weights_pass_silently(saved):
+    load_artifact(saved, rec=random_recommender(width=D_IN))
+
+
+def test_other_weights_are_refused_by_an_error_that_names_both(saved, rec):
+    other = random_recommender(width=D_IN, seed=1)
+    digests = [artifacts.fingerprint(m, m.site)["model_sha256"][:12] for m in (rec, other)]
+    message = (
+        rf"made for a MeanModel \({digests[0]}\), this is a MeanModel \({digests[1]}\).*"
+        r"strict=False"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(saved, rec=other)
+    assert load_artifact(saved, rec=other, strict=False).at().sae.d_sae == D_SAE
+
+
+def test_a_model_of_another_width_is_refused_even_so(saved):
+    wide = random_recommender(width=D_IN + 1)
+    for strict in (True, False):
+        with pytest.raises(ArtifactError, match="width differs"):
+            load_artifact(saved, rec=wide, strict=strict)
+
+
+def test_a_model_without_the_site_is_refused(saved, rec):
+    rec.model.average = rec.model._modules.pop("mean")
+    for strict in (True, False):
+        with pytest.raises(ArtifactError, match=r"made for a MeanModel.*no module 'mean'"):
+            load_artifact(saved, rec=rec, strict=strict)
+
+
+# --- refused
+
+
+def test_an_absent_folder_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"nowhere.steerrec\.json does not exist; expected an"):
+        load_artifact(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_format_version_is_refused(saved, version):
+    change_json(saved / "steerrec.json", format_version=version)
+    with pytest.raises(ArtifactError, match=f"has format version {version!r}; .* reads 1"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sites": {}},
+        {"sites": None},
+        {"sites": []},
+        {"base_model": None},
+        {"base_model": {"fingerprint": {}}},
+    ],
+)
+def test_an_incomplete_record_is_refused(saved, changes):
+    change_json(saved / "steerrec.json", **changes)
+    with pytest.raises(ArtifactError, match=r"steerrec\.json"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"site": {}}, {"site": {"path": "mean", "colour": 1}}, {"site": None}, "mean"]
+)
+def test_a_record_without_a_proper_site_is_refused(saved, rec, entry):
+    change_json(saved / "steerrec.json", sites={rec.site.folder: entry})
+    with pytest.raises(ArtifactError, match=r"steerrec\.json is not complete"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+def test_a_damaged_record_is_refused(saved, text):
+    (saved / "steerrec.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ArtifactError, match=r"steerrec\.json"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize("name", ["../artifact2", "..", "/tmp", "a/b", ".hidden", ""])
+def test_a_site_folder_outside_the_artifact_is_refused(saved, rec, name):
+    shutil.copytree(saved / rec.site.folder, saved.with_name("artifact2"))
+    record = json.loads((saved / "steerrec.json").read_text())
+    record["sites"][name] = record["sites"].pop(rec.site.folder)
+    (saved / "steerrec.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=f"site folder {name!r}"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "jumprelu"}, "'jumprelu' SAE; expected a float32 topk one"),
+        ({"dtype": "bfloat16"}, "bfloat16 'topk' SAE; expected a float32"),
+        ({"k": 13}, "k is 13, more than the 12 latents"),
+        ({"k": 0}, "k is 0; expected a positive integer"),
+        ({"k": "3"}, "k is '3'; expected a positive integer"),
+        ({"d_sae": 10**9}, "expected float32 of shape"),
+        ({"d_in": None}, "d_in is None; expected a positive integer"),
+    ],
+)
+def test_a_configuration_that_is_not_of_this_sae_is_refused(saved, here, changes, message):
+    change_json(here / "cfg.json", **changes)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b_enc": None}, "'b_enc' is missing"),
+        (
+            {"W_enc": torch.zeros(D_SAE, D_IN)},
+            r"'W_enc' is float32 of shape \(12, 4\); expected .* \(4, 12\)",
+        ),
+        ({"W_dec": torch.zeros(D_SAE, D_IN).double()}, "'W_dec' is F64 of shape"),
+        ({"b_dec": torch.zeros(D_IN).half()}, "'b_dec' is F16 of shape"),
+        ({"extra": torch.zeros(1)}, r"'extra' is float32 of shape \(1,\); expected no such tensor"),
+        ({"b_enc": torch.full((D_SAE,), torch.nan)}, "'b_enc' has values that are not finite"),
+        ({"b_dec": torch.full((D_IN,), torch.inf)}, "'b_dec' has values that are not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(saved, here, changes, message):
+    change_weights(here / "sae_weights.safetensors", **changes)
+    with pytest.raises(ArtifactError, match=rf"sae_weights\.safetensors: tensor {message}"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize("part", ["sae_weights", "attribution/popularity", "steering/popsteer"])
+@pytest.mark.parametrize("size", [0, 4, 100, -10])
+def test_a_truncated_file_is_refused(saved, here, part, size):
+    file = here / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ArtifactError, match=rf"{part}\.safetensors cannot be read"):
+        load_artifact(saved)
+
+
+def test_a_header_too_large_to_be_honest_is_refused_unread(saved, here):
+    (here / "sae_weights.safetensors").write_bytes((10**12).to_bytes(8, "little"))
+    with pytest.raises(ArtifactError, match="a header of 1000000000000 bytes"):
+        load_artifact(saved)
+
+
+def test_missing_files_are_refused(saved, here):
+    (here / "sae_weights.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"sae_weights\.safetensors cannot be read"):
+        load_artifact(saved)
+    (here / "cfg.json").unlink()
+    with pytest.raises(ArtifactError, match=r"cfg\.json does not exist"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize("column", ["cohens_d", "std_a", "std_b"])
+def test_a_table_without_what_the_rule_needs_is_refused(saved, here, table, column):
+    columns = {name: values for name, values in table.columns.items() if name != column}
+    metadata = {"table": json.dumps({"contrast": table.contrast, "provenance": {}})}
+    save_file(columns, here / "attribution" / "popularity.safetensors", metadata)
+    with pytest.raises(ArtifactError, match=f"'{column}' is missing"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        '{"contrast": {}, "provenance": {}}',
+        '{"contrast": [], "provenance": {}}',
+        '{"contrast": {"name": "genre"}, "provenance": {}}',
+    ],
+)
+def test_a_table_that_is_not_of_its_contrast_is_refused(saved, here, table, made):
+    metadata = None if made is None else {"table": made}
+    save_file(dict(table.columns), here / "attribution" / "popularity.safetensors", metadata)
+    with pytest.raises(ArtifactError, match=r"popularity\.safetensors"):
+        load_artifact(saved)
+
+
+RECIPE = {"operation": "shift", "alpha": 1.0, "splice": "delta", "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "scale"}, "uses operation 'scale'.*upgrade"),
+        ({"splice": "replace"}, "is not a steering recipe"),
+        ({"alpha": "much"}, "is not a steering recipe"),
+        ({"alpha": None}, "is not a steering recipe"),
+        ({"operation": None}, "uses operation None"),
+    ],
+)
+def test_a_recipe_that_is_not_understood_is_refused(saved, here, changes, message):
+    metadata = {"steering": json.dumps({**RECIPE, **changes})}
+    save_file({"shift": torch.zeros(D_SAE)}, here / "steering" / "popsteer.safetensors", metadata)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(saved)
+
+
+def test_a_contrast_that_is_not_there_lists_those_that_are(saved):
+    with pytest.raises(ArtifactError, match=r"no .* 'genre' \(there: popularity\)"):
+        load_artifact(saved).at().table("genre")
+
+
+def test_a_site_that_is_not_there_or_not_the_only_one_is_refused(rec, sae):
+    one = Artifact.create(rec, sae)
+    with pytest.raises(ArtifactError, match=r"0 sites match 'layers\.1'; this artifact has mean"):
+        one.at("layers.1")
+    other = Artifact.create(rec, sae, site=Site("item_embedding", positions_from="last"))
+    both = Artifact(one.base_model, {**one.sites, **other.sites})
+    with pytest.raises(ArtifactError, match="2 sites match None"):
+        both.at()
+    assert both.at("mean").site == rec.site
+
+
+# --- saving
+
+
+def test_saving_replaces_an_old_artifact_whole(saved, rec, sae):
+    Artifact.create(rec, sae).save(saved)
+    assert not load_artifact(saved).at().tables
+    assert [path.name for path in saved.parent.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("writes", [0, 2])
+def test_a_save_that_fails_leaves_the_old_artifact_and_nothing_else(
+    artifact, saved, monkeypatch, error, writes
+):
+    """Of the three tensor files the first or the last cannot be written."""
+    before, left = contents(saved), iter(range(writes))
+
+    def failing(tensors, path, metadata=None):
+        save_file(tensors, path, metadata)
+        if next(left, None) is None:
+            raise error
+
+    artifact.data["k_core"] = 99
+    expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "save_file", failing)
+        with pytest.raises(expected):
+            artifact.save(saved)
+    assert contents(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["artifact"]
+    load_artifact(saved)
+    artifact.save(saved)
+    assert load_artifact(saved).data["k_core"] == 99
+
+
+def test_tables_and_recipes_are_added_to_an_artifact_on_disk(rec, sae, table, tmp_path):
+    Artifact.create(rec, sae, training=TRAINING).save(tmp_path)
+    before = contents(tmp_path)
+    file = save_table(tmp_path, rec.site, table)
+    assert file == tmp_path / rec.site.folder / "attribution" / "popularity.safetensors"
+    save_steering(tmp_path, rec.site, Steering(torch.ones(D_SAE), name="mine-1.0"))
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 2
+    loaded = load_artifact(tmp_path).at()
+    assert torch.equal(loaded.table("popularity")["cohens_d"], table["cohens_d"])
+    assert torch.equal(loaded.steerings["mine-1.0"].shift, torch.ones(D_SAE))
+
+
+def test_a_table_replaces_the_one_of_its_contrast(saved, rec, table):
+    columns = {**table.columns, "cohens_d": torch.zeros(D_SAE)}
+    save_table(saved, rec.site, AttributionTable(columns, table.contrast, table.provenance))
+    tables = load_artifact(saved).at().tables
+    assert list(tables) == ["popularity"]
+    assert not tables["popularity"]["cohens_d"].any()
+
+
+def test_nothing_is_added_where_no_artifact_is(rec, table, tmp_path):
+    with pytest.raises(ArtifactError, match=r"cfg\.json does not exist"):
+        save_table(tmp_path / "nowhere", rec.site, table)
+    with pytest.raises(ArtifactError, match=r"cfg\.json does not exist"):
+        save_steering(tmp_path / "nowhere", rec.site, Steering(torch.ones(D_SAE)))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_for_another_sae_is_not_added(saved, rec):
+    before = contents(saved)
+    short = AttributionTable({"cohens_d": torch.zeros(5)}, {"name": "popularity"})
+    with pytest.raises(ArtifactError, match=r"an SAE of 12 latents; what is to be added is for 5"):
+        save_table(saved, rec.site, short)
+    with pytest.raises(ArtifactError, match=r"an SAE of 12 latents; what is to be added is for 5"):
+        save_steering(saved, rec.site, Steering(torch.zeros(5)))
+    assert contents(saved) == before
+
+
+@pytest.mark.parametrize("name", ["", "../genre", "a/b", ".hidden", "a b", "é", "x" * 101])
+def test_names_that_cannot_be_file_names_are_refused(saved, rec, table, name):
+    before = contents(saved)
+    named = AttributionTable(table.columns, {**table.contrast, "name": name})
+    with pytest.raises(ArtifactError, match="cannot be a file name"):
+        save_table(saved, rec.site, named)
+    with pytest.raises(ArtifactError, match="cannot be a file name"):
+        save_steering(saved, rec.site, Steering(torch.ones(D_SAE), name=name))
+    assert contents(saved) == before

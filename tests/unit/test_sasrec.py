@@ -1,0 +1,333 @@
+"""The reference SASRec: the model against a naive one, its files, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from steerrec.adapters.sasrec import (
+    SASRecConfig,
+    SASRecModel,
+    SASRecRecommender,
+    load,
+    save,
+)
+from steerrec.data import Histories
+from steerrec.errors import DataError, ModelError
+
+from .toy_models import tiny_catalogue, tiny_config, tiny_sasrec
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0], [8, 0, 0, 0, 0, 0]])
+norms = pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+
+
+def hidden(model, ids):
+    return model(ids).last_hidden_state
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def naive_norm(x, weight, bias, eps):
+    """Layer norm of one vector."""
+    centred = x - x.mean()
+    return weight * centred / (centred.square().mean() + eps).sqrt() + bias
+
+
+def naive_attention(states, weights, heads):
+    """Causal attention, one position and one head at a time; states [L, H]."""
+    q, k, v = (states @ w.T + b for w, b in weights["qkv"])
+    size = states.shape[1] // heads
+    mixed = torch.zeros_like(states)
+    for position in range(len(states)):
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = [
+                float(q[position, part] @ k[j, part]) / size**0.5 for j in range(position + 1)
+            ]
+            shares = torch.tensor(logits, dtype=states.dtype).exp()
+            shares = shares / shares.sum()
+            mixed[position, part] = sum(s * v[j, part] for j, s in enumerate(shares))
+    return mixed @ weights["out"][0].T + weights["out"][1]
+
+
+def naive_sasrec(model, ids):
+    """Hidden states [L, H] of one history, written from the paper's equations."""
+    config, state = model.config, model.state_dict()
+
+    def pair(name):
+        return state[f"{name}.weight"], state[f"{name}.bias"]
+
+    def norm(name, states):
+        return torch.stack([naive_norm(x, *pair(name), config.layer_norm_eps) for x in states])
+
+    def attention(layer, states):
+        weight, bias = pair(f"{layer}.attention.qkv")
+        qkv = zip(weight.chunk(3), bias.chunk(3), strict=True)
+        parts = {"qkv": list(qkv), "out": pair(f"{layer}.attention.out")}
+        return naive_attention(states, parts, config.num_attention_heads)
+
+    def feed_forward(layer, states):
+        (w1, b1), (w2, b2) = pair(f"{layer}.feed_forward.0"), pair(f"{layer}.feed_forward.2")
+        activation = {"gelu": F.gelu, "relu": torch.relu}[config.hidden_act]
+        return activation(states @ w1.T + b1) @ w2.T + b2
+
+    scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+    x = state["item_embedding.weight"][ids] * scale
+    x = x + state["position_embedding.weight"][: len(ids)]
+    if config.embedding_norm:
+        x = norm("embedding_norm", x)
+    for number in range(config.num_hidden_layers):
+        layer = f"layers.{number}"
+        first, second = f"{layer}.attention_norm", f"{layer}.feed_forward_norm"
+        if config.norm_first:
+            x = x + attention(layer, norm(first, x))
+            x = x + feed_forward(layer, norm(second, x))
+        else:
+            x = norm(first, x + attention(layer, x))
+            x = norm(second, x + feed_forward(layer, x))
+    return norm("final_norm", x) if config.norm_first else x
+
+
+@norms
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_attention_heads": 1, "hidden_act": "relu"},
+        {"num_attention_heads": 4, "embedding_norm": True},
+        {"scale_embeddings": True, "layer_norm_eps": 0.1, "num_hidden_layers": 1},
+    ],
+    ids=lambda settings: ", ".join(settings) or "default",
+)
+def test_the_model_equals_a_naive_one(norm_first, settings):
+    model = tiny_sasrec(norm_first=norm_first, **settings).model.double()
+    states = hidden(model, IDS)
+    for user, row in enumerate(IDS):
+        real = row[row != 0]
+        torch.testing.assert_close(states[user, : len(real)], naive_sasrec(model, real))
+
+
+@norms
+def test_scores_are_the_last_real_state_times_the_item_embeddings(norm_first):
+    model = tiny_sasrec(norm_first=norm_first).model.double()
+    scores = model.score(IDS)
+    for user, row in enumerate(IDS):
+        last = naive_sasrec(model, row[row != 0])[-1]
+        expected = model.state_dict()["item_embedding.weight"][1:] @ last
+        torch.testing.assert_close(scores[user], expected)
+
+
+@norms
+def test_a_later_item_does_not_change_an_earlier_state(norm_first):
+    model = tiny_sasrec(norm_first=norm_first).model
+    plain = hidden(model, IDS)
+    for position in range(1, IDS.shape[1]):
+        changed = IDS.clone()
+        changed[:, position] = 11
+        states = hidden(model, changed)
+        assert torch.equal(states[:, :position], plain[:, :position])
+        assert not torch.allclose(states[:, position], plain[:, position])
+
+
+@norms
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), extra=st.integers(0, 2))
+def test_padding_does_not_matter(norm_first, lengths, extra):
+    model = tiny_sasrec(norm_first=norm_first, max_position_embeddings=8).model
+    rng = np.random.default_rng(sum(lengths))
+    rows = [torch.from_numpy(rng.integers(1, 13, length)) for length in lengths]
+    width = max(lengths) + extra
+    padded = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
+    scores = model.score(padded)
+    for user, row in enumerate(rows):
+        torch.testing.assert_close(scores[user], model.score(row[None])[0])
+
+
+def test_an_earlier_item_and_the_order_do_matter():
+    model = tiny_sasrec().model
+    a, b, c = (model.score(torch.tensor([ids])) for ids in ([1, 2, 3], [4, 2, 3], [2, 1, 3]))
+    assert not torch.allclose(a, b)
+    assert not torch.allclose(a, c)
+
+
+def test_dropout_acts_in_training_alone():
+    model = tiny_sasrec(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).model
+    assert torch.equal(hidden(model, IDS), hidden(model, IDS))
+    model.train()
+    assert not torch.equal(hidden(model, IDS), hidden(model, IDS))
+
+
+def test_padding_has_a_zero_embedding_and_learns_nothing():
+    model = SASRecModel(tiny_config())
+    assert not model.item_embedding.weight[0].any()
+    assert model.item_embedding.weight[1:].any(dim=1).all()
+    hidden(model, IDS).square().sum().backward()
+    assert not model.item_embedding.weight.grad[0].any()
+    assert model.item_embedding.weight.grad[3].any()
+
+
+def test_a_history_longer_than_the_window_is_refused_by_the_model():
+    with pytest.raises(ModelError, match="histories of 7 items; this model reads at most 6"):
+        tiny_sasrec().model(torch.ones(1, 7, dtype=torch.long))
+
+
+# --- the configuration --------------------------------------------------------------------------
+
+
+def test_heads_have_to_divide_the_width():
+    with pytest.raises(
+        ModelError, match="hidden_size 8 is not a multiple of num_attention_heads 3"
+    ):
+        tiny_config(num_attention_heads=3)
+
+
+# --- the recommender ----------------------------------------------------------------------------
+
+
+def test_a_batch_holds_the_latest_items_right_padded_to_the_longest():
+    rec = tiny_sasrec()
+    batch = rec.make_batch(Histories.from_lists([[0, 1], [4, 5, 6]]))
+    assert batch["input_ids"].tolist() == [[1, 2, 0], [5, 6, 7]]
+    batch = rec.make_batch(Histories.from_lists([[11], [0, 1, 2, 3, 4, 5, 6, 7]]))
+    assert batch["input_ids"].tolist() == [[12, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7, 8]]
+
+
+def test_an_empty_history_gets_finite_scores():
+    rec = tiny_sasrec()
+    for lists in ([[]], [[], [1, 2]]):
+        assert rec.score(rec.make_batch(Histories.from_lists(lists))).isfinite().all()
+
+
+def test_a_recommender_freezes_its_model():
+    model = SASRecModel(tiny_config())
+    assert model.training
+    rec = SASRecRecommender(model, tiny_catalogue(12))
+    assert not rec.model.training
+    assert not any(p.requires_grad for p in rec.model.parameters())
+    assert rec.max_length == 6
+
+
+def test_a_catalogue_of_another_size_is_refused():
+    with pytest.raises(ModelError, match="the model has 12 items, its catalogue 11"):
+        SASRecRecommender(SASRecModel(tiny_config()), tiny_catalogue(11))
+
+
+def test_what_is_recorded_of_it_is_json():
+    record = tiny_sasrec().describe()
+    assert json.loads(json.dumps(record)) == record
+    assert (record["adapter"], record["config"]["num_items"]) == ("sasrec", 12)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(tiny_sasrec(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+SETTINGS = {
+    "pre-norm": {},
+    "post-norm": {"norm_first": False, "embedding_norm": True, "scale_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_saved_and_loaded_it_scores_the_same(settings, tmp_path):
+    rec = tiny_sasrec(**settings)
+    save(rec, tmp_path)
+    loaded = load(tmp_path)
+    assert torch.equal(loaded.model.score(IDS), rec.model.score(IDS))
+    assert loaded.catalogue.frame.equals(rec.catalogue.frame)
+    assert loaded.source == str(tmp_path)
+    for name, tensor in rec.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
+
+
+def test_the_ways_of_transformers_work(folder):
+    plain = tiny_sasrec().model.score(IDS)
+    for model in (SASRecModel.from_pretrained(folder), AutoModel.from_pretrained(folder)):
+        assert isinstance(model, SASRecModel)
+        assert torch.equal(model.score(IDS), plain)
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, SASRecConfig)
+    assert (config.num_items, config.max_position_embeddings) == (12, 6)
+
+
+def test_a_saved_folder_holds_no_pickle(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "items.parquet", "model.safetensors"]
+
+
+def test_a_bf16_model_stays_one(tmp_path):
+    rec = tiny_sasrec()
+    rec.model.to(torch.bfloat16)
+    save(rec, tmp_path)
+    assert torch.equal(load(tmp_path).model.score(IDS), rec.model.score(IDS))
+
+
+def test_a_folder_without_items_is_refused(folder):
+    (folder / "items.parquet").unlink()
+    with pytest.raises(ModelError, match=r"has no items\.parquet"):
+        load(folder)
+
+
+def test_items_of_another_run_are_refused(folder):
+    tiny_catalogue(13).write(folder / "items.parquet")
+    with pytest.raises(ModelError, match="the model has 12 items, its catalogue 13"):
+        load(folder)
+
+
+def test_damaged_items_are_refused(folder):
+    (folder / "items.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"items\.parquet"):
+        load(folder)
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_weight_is_named(folder):
+    change_weights(folder, lambda weights: weights.pop("layers.1.attention.out.bias"))
+    with pytest.raises(ModelError, match=r"layers\.1\.attention\.out\.bias is missing"):
+        load(folder)
+
+
+def test_a_weight_of_another_shape_is_named(folder):
+    change_weights(folder, lambda weights: weights.update({"final_norm.bias": torch.zeros(9)}))
+    with pytest.raises(ModelError, match=r"final_norm\.bias has shape \(9,\), expected \(8,\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b"no tensors"),
+        ("model.safetensors", b""),
+        ("config.json", None),
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "steerrec_sasrec", "hidden_size": "wide"}'),
+        ("config.json", b'{"model_type": "steerrec_sasrec", "hidden_act": "nonsense"}'),
+        ("config.json", b'{"model_type": "steerrec_sasrec", "num_attention_heads": 0}'),
+        ("config.json", b'{"model_type": "steerrec_sasrec", "num_attention_heads": 7}'),
+    ],
+)
+def test_damaged_files_are_told_in_one_line(folder, name, content):
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(ModelError) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
