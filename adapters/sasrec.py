@@ -1,0 +1,335 @@
+"""The reference SASRec (Kang & McAuley 2018): a transformers model, and its `Recommender`.
+
+Causal self-attention over a history, right-padded: item ids are 1..N (catalogue row + 1), 0 pads.
+With causal attention no real position ever sees the padding behind it, so there is no key mask
+and `scaled_dot_product_attention` takes its fastest path. Training is in `sasrec_training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from steerrec.data import Catalogue, Histories
+from steerrec.errors import ModelError
+from steerrec.recommender import ItemHead
+from steerrec.sites import Site, TokenIds
+
+PAD = 0
+
+
+@strict
+class SASRecConfig(PreTrainedConfig):
+    """Configuration of `SASRecModel`.
+
+    Attributes
+    ----------
+    num_items
+        Number of items N; the embedding has N + 1 rows, row 0 being the padding.
+    max_position_embeddings
+        How many of the latest items the model reads (L).
+    norm_first
+        Pre-norm blocks with a final layer norm (True), or post-norm blocks (False).
+    embedding_norm
+        Whether the sum of item and position embeddings is layer-normalised.
+    scale_embeddings
+        Whether item embeddings are multiplied by sqrt(hidden_size) at the input.
+    """
+
+    model_type = "steerrec_sasrec"
+
+    num_items: int = 1
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 200
+    hidden_dropout_prob: float = 0.2
+    attention_probs_dropout_prob: float = 0.0
+    norm_first: bool = True
+    embedding_norm: bool = False
+    scale_embeddings: bool = False
+    layer_norm_eps: float = 1e-8
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = PAD
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ModelError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        super().__post_init__(**kwargs)
+
+
+class SASRecAttention(nn.Module):
+    """Causal multi-head self-attention, [B, L, H] to [B, L, H]."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix each position with itself and those before it, [B, L, H]."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, H / heads]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class SASRecLayer(nn.Module):
+    """Attention and feed-forward, each with dropout, a residual and a layer norm."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.attention = SASRecAttention(config)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            ACT2FN[config.hidden_act],
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of the next layer."""
+        out: Tensor
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x)))
+            out = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        else:
+            x = self.attention_norm(x + self.dropout(self.attention(x)))
+            out = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return out
+
+
+@dataclass
+class SASRecOutput(ModelOutput):
+    """What `SASRecModel` returns: the final hidden states, [B, L, H]."""
+
+    last_hidden_state: Tensor | None = None
+
+
+class SASRecModel(PreTrainedModel):
+    """SASRec with tied item embeddings.
+
+    The user vector is the output of `final_norm` at the last real position (an identity in
+    post-norm models, so that the site has one name); `score` multiplies it with the item matrix.
+    """
+
+    config_class = SASRecConfig
+    base_model_prefix = "sasrec"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__(config)
+        self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, PAD)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embedding_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.embedding_norm
+            else nn.Identity()
+        )
+        self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.norm_first
+            else nn.Identity()
+        )
+        self.post_init()
+
+    @property
+    def item_matrix(self) -> Tensor:
+        """Item embeddings without the padding row, [N, H]."""
+        return self.item_embedding.weight[1:]
+
+    def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> SASRecOutput:
+        """Hidden states for right-padded `input_ids` [B, L] of ids 1..N (0 pads)."""
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ModelError(
+                f"histories of {length} items; this model reads at most "
+                f"{self.config.max_position_embeddings}: keep the latest ones"
+            )
+        x = self.item_embedding(input_ids)  # [B, L, H]
+        if self.config.scale_embeddings:
+            x = x * self.config.hidden_size**0.5
+        x = x + self.position_embedding.weight[:length]
+        x = self.embedding_dropout(self.embedding_norm(x))
+        for layer in self.layers:
+            x = layer(x)
+        return SASRecOutput(last_hidden_state=self.final_norm(x))
+
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Scores [B, N] of every item as the next one after `input_ids` [B, L]."""
+        hidden = self(input_ids).last_hidden_state
+        last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
+        user_vectors = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        scores: Tensor = user_vectors @ self.item_matrix.T
+        return scores
+
+
+AutoConfig.register(SASRecConfig.model_type, SASRecConfig)
+AutoModel.register(SASRecConfig, SASRecModel)
+
+
+class SASRecRecommender:
+    """A `SASRecModel` and its catalogue as a `steerrec.Recommender`."""
+
+    def __init__(self, model: SASRecModel, catalogue: Catalogue, source: str | None = None) -> None:
+        if model.config.num_items != len(catalogue):
+            raise ModelError(
+                f"the model has {model.config.num_items} items, its catalogue {len(catalogue)}: "
+                "model.safetensors and items.parquet are not of one training run"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.catalogue = catalogue
+        self.source = source
+
+    @cached_property
+    def site(self) -> Site:
+        """The output of `final_norm` at the last real position: the scored vector itself."""
+        return Site("final_norm", positions_from=TokenIds("item_embedding", pad_id=PAD))
+
+    @property
+    def max_length(self) -> int:
+        """Window of the model, in items."""
+        length: int = self.model.config.max_position_embeddings
+        return length
+
+    @property
+    def item_head(self) -> ItemHead:
+        """Dot product with the tied item embeddings."""
+        return ItemHead(self.model.item_matrix)
+
+    def make_batch(self, histories: Histories) -> Mapping[str, Tensor]:
+        """`input_ids` [B, L]: catalogue rows + 1, right-padded to the longest history here."""
+        longest = int(histories.lengths.max(initial=1))
+        padded = histories.padded(min(longest, self.max_length), -1, side="right") + 1
+        return {"input_ids": torch.from_numpy(padded).to(self.model.device)}
+
+    def score(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The model's own scores, [B, N] in catalogue order."""
+        scores: Tensor = self.model.score(batch["input_ids"])
+        return scores
+
+    def describe(self) -> dict[str, Any]:
+        """Adapter, source and architecture, for an artifact's record."""
+        keys = ("num_items", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+        config = {key: getattr(self.model.config, key) for key in keys}
+        return {"adapter": "sasrec", "source": self.source, "config": config}
+
+
+ITEMS_FILE = "items.parquet"
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> SASRecRecommender:
+    """Load a saved MODEL folder (`config.json`, `model.safetensors`, `items.parquet`).
+
+    Parameters
+    ----------
+    path
+        The folder written by `save`, or the id of a Hub repository with the same files.
+    device
+        Where the model goes.
+    revision, token, cache_dir, local_files_only
+        As in transformers' `from_pretrained`, for a Hub repository.
+
+    Raises
+    ------
+    ModelError
+        If a file is missing or the weights do not fit the configuration.
+    """
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    items = Path(path) / ITEMS_FILE
+    if Path(path).is_dir() and not items.is_file():
+        raise ModelError(
+            f"{path} has no {ITEMS_FILE}, which holds the item ids; expected a folder written by "
+            "`steerrec train`"
+        )
+    try:
+        model: SASRecModel
+        report: dict[str, Any]
+        if not Path(path).is_dir():
+            items = Path(hf_hub_download(str(path), ITEMS_FILE, **hub))
+        with _no_progress_bars():
+            model, report = SASRecModel.from_pretrained(  # type: ignore[misc]
+                path,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **hub,
+            )
+    except ModelError:
+        raise
+    except Exception as error:  # a stranger's files can make these libraries raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"{path} cannot be loaded as a SASRec model ({reason})") from error
+    misfits = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    misfits += [
+        f"{name} has shape {tuple(shape)}, expected {tuple(expected)}"
+        for name, shape, expected in sorted(report["mismatched_keys"])
+    ]
+    if misfits:
+        raise ModelError(
+            f"{path}: model.safetensors does not fit config.json: {'; '.join(misfits[:3])}"
+        )
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return SASRecRecommender(model, Catalogue.read(items), source=str(path))
+
+
+def save(rec: SASRecRecommender, path: str | Path) -> None:
+    """Write a MODEL folder that `load` reads back: configuration, weights and items."""
+    with _no_progress_bars():
+        rec.model.save_pretrained(path)
+    rec.catalogue.write(Path(path) / ITEMS_FILE)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars, which it draws even where stderr is no terminal."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
