@@ -1,0 +1,5 @@
+"""`python -m steerrec.cli`."""
+
+from steerrec.cli import main
+
+main()

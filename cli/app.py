@@ -1,0 +1,97 @@
+"""The typer application: its commands, and what happens when one fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from steerrec.cli.attach import attach
+from steerrec.cli.demo import demo
+from steerrec.cli.evaluate import evaluate
+from steerrec.cli.layers import layers
+from steerrec.cli.score import score
+from steerrec.cli.steer import steer
+from steerrec.cli.train import train
+from steerrec.errors import SteerrecError
+
+
+class _Commands(TyperGroup):
+    """Says what an interruption means before typer turns it into a bare exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command again to go on where it stopped")
+            raise SystemExit(130) from None
+
+
+app = typer.Typer(
+    name="steerrec",
+    cls=_Commands,
+    help="Attach sparse autoencoders to sequential recommenders, and steer what they recommend.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, train, evaluate, layers, attach, score, steer):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import steerrec
+
+        print(steerrec.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Set up logging."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+def run() -> NoReturn:
+    """Run the command line; errors become one line on stderr and the exit status."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        if os.environ.get("STEERREC_DEBUG") == "1":
+            traceback.print_exc()
+        elif isinstance(error, SteerrecError):
+            _say(f"error: {error}")
+        else:
+            _say(f"error: {type(error).__name__}: {error} (STEERREC_DEBUG=1 shows where)")
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _say(text: str) -> None:
+    line = " ".join(text.split())
+    sys.stderr.write(f"steerrec: {line}\n")
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: object, **more: object
+) -> None:
+    if category.__module__.startswith("steerrec") or os.environ.get("STEERREC_DEBUG") == "1":
+        _say(f"warning: {message}")

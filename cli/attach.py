@@ -1,0 +1,112 @@
+"""`steerrec attach`: train an SAE on a layer of a frozen model."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerrec.cli import options as opt
+
+
+def attach(
+    model: Annotated[str, typer.Argument(help="MODEL folder, Hub id, or pkg.module:function.")],
+    data: opt.DataOption,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="ARTIFACT folder to write.", show_default=False)
+    ],
+    layer: opt.Layer = None,
+    latents: Annotated[int, typer.Option("--latents", min=1, help="Latents of the SAE.")] = 4096,
+    k: Annotated[int, typer.Option("--k", min=1, help="Latents active at once.")] = 32,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 15,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a step.")] = 2048,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-9, help="Peak learning rate.")
+    ] = 3e-3,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Training prefixes to learn from, at most.")
+    ] = 200_000,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    user_col: opt.UserCol = None,
+    item_col: opt.ItemCol = None,
+    time_col: opt.TimeCol = None,
+    k_core: opt.KCore = None,
+    dedup: opt.Dedup = None,
+    format: opt.Format = None,
+    keep_activations: Annotated[
+        bool, typer.Option("--keep-activations", help="Leave the captured shards on disk.")
+    ] = False,
+    force: opt.Force = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Capture activations of a layer of MODEL, train an SAE on them, and save an ARTIFACT.
+
+    After an interruption the same command goes on where it stopped.
+    """
+    from steerrec.activations import ActivationSampling
+    from steerrec.artifacts import Artifact
+    from steerrec.evaluation import reconstruction_cost
+    from steerrec.loading import load_recommender, model_record
+    from steerrec.sites import get_module
+    from steerrec.training import SAETraining, fit_autoencoder
+
+    opt.refuse_existing(output, force, folder=True)
+    started = time.perf_counter()
+    rec = load_recommender(model, device=device)
+    site = replace(rec.site, path=layer) if layer else rec.site
+    get_module(rec.model, site.path)
+    interactions = opt.read_data(
+        data,
+        model_record(model).get("data"),
+        user_col=user_col,
+        item_col=item_col,
+        time_col=time_col,
+        k_core=k_core,
+        dedup=dedup,
+        format=format,
+    )
+    split = opt.split_for(rec, interactions)
+    work = opt.partial(output)
+    sae, summary = fit_autoencoder(
+        rec,
+        split.train,
+        site=site,
+        training=SAETraining(
+            latents=latents,
+            k=k,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        ),
+        sampling=ActivationSampling(rows=rows, seed=seed),
+        work=work,
+        device=device,
+    )
+    summary["downstream"] = reconstruction_cost(rec, sae, split, site=site)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    artifact = Artifact.create(
+        rec, sae, site=site, training=summary, data=interactions.preparation.to_dict()
+    )
+    artifact.save(output)
+    if keep_activations:
+        opt.note(f"activations are in {work / 'activations'}")
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    if json_output:
+        opt.print_json({"artifact": str(output), "site": site.to_dict(), **summary})
+        return
+    found, cost = summary["reconstruction"], summary["downstream"]
+    rows_out = [
+        ["FVU on held-out users", opt.number(found["fvu"])],
+        ["L0", f"{found['l0']:.1f}"],
+        ["dead latents", f"{found['dead_share']:.2%}"],
+        ["nDCG@10 of the model, valid", opt.number(cost["base"]["metrics"]["ndcg@10"])],
+        ["nDCG@10 kept by the reconstruction", opt.number(cost["ndcg_kept"], ".2%")],
+    ]
+    opt.print_table(f"{output}: {latents} latents at {site.path}", ["", "value"], rows_out)

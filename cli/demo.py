@@ -1,0 +1,74 @@
+"""`steerrec demo`: the whole story on simulated data."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerrec.cli import options as opt
+from steerrec.cli.attach import attach
+from steerrec.cli.score import score
+from steerrec.cli.steer import steer
+from steerrec.cli.train import train
+
+EPOCHS = 20
+FINISHED = "demo.json"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
+    users: Annotated[int, typer.Option("--users", min=50, help="Simulated users.")] = 3000,
+    items: Annotated[int, typer.Option("--items", min=50, help="Simulated items.")] = 1000,
+    latents: Annotated[int, typer.Option("--latents", min=8, help="Latents of the SAE.")] = 1024,
+    seed: opt.Seed = 0,
+    force: opt.Force = False,
+) -> None:
+    """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer.
+
+    Nothing is downloaded. Every step is one of the other commands, and is shown as such.
+    """
+    from steerrec.data import simulate, write_csv
+    from steerrec.files import write_json
+
+    _make_way(output, force)
+    started = time.perf_counter()
+    data, model, artifact = output / "data", output / "model", output / "artifact"
+    _say(started, f"simulate {users:,} users and {items:,} items")
+    write_csv(simulate(users, items, seed=seed), data)
+    _say(started, f"steerrec train {data} -o {model} --max-length 50 --epochs {EPOCHS}")
+    train(data, model, max_length=50, epochs=EPOCHS, seed=seed)
+    _say(started, f"steerrec attach {model} --data {data} -o {artifact} --latents {latents}")
+    attach(str(model), data, artifact, latents=latents, seed=seed)
+    _say(started, f"steerrec score {artifact} --model {model} --data {data}")
+    score(artifact, data, str(model), seed=seed)
+    _say(
+        started,
+        f"steerrec steer {artifact} --model {model} --data {data} --sweep -o {output}/sweep",
+    )
+    steer(artifact, data, str(model), sweep=True, output=output / "sweep")
+    write_json(
+        output / FINISHED, {"users": users, "items": items, "latents": latents, "seed": seed}
+    )
+    _say(started, f"done: look at {output / 'sweep' / 'sweep.png'}")
+
+
+def _make_way(output: Path, force: bool) -> None:
+    """Refuse a folder with something in it, unless it is a demo that was interrupted."""
+    from steerrec.errors import StorageError
+
+    if not output.exists():
+        return
+    unfinished = not (output / FINISHED).exists()
+    ours = {"data", "model", "model.partial", "artifact", "artifact.partial", "sweep", FINISHED}
+    foreign = {path.name for path in output.iterdir()} - ours if output.is_dir() else {output.name}
+    if foreign or not (unfinished or force):
+        raise StorageError(f"{output} exists; choose another folder with -o, or add --force")
+    shutil.rmtree(output)
+
+
+def _say(started: float, text: str) -> None:
+    opt.note(f"[{time.perf_counter() - started:5.1f} s] {text}")

@@ -1,0 +1,257 @@
+"""Options that several commands share, and what they lead to: data, model, output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from steerrec.artifacts import Artifact
+    from steerrec.data import Interactions, Split
+    from steerrec.evaluation import Evaluation
+    from steerrec.recommender import Recommender
+
+DATA_HELP = (
+    "Interactions: RecBole .inter, MovieLens ratings.dat, CSV/TSV/Parquet with a header, "
+    "'user item' pairs, or one sequence a line; a file or its folder."
+)
+DataOption = Annotated[Path, typer.Option("--data", help=DATA_HELP, show_default=False)]
+UserCol = Annotated[
+    str | None, typer.Option("--user-col", help="Column of the user id.", rich_help_panel="Data")
+]
+ItemCol = Annotated[
+    str | None, typer.Option("--item-col", help="Column of the item id.", rich_help_panel="Data")
+]
+TimeCol = Annotated[
+    str | None, typer.Option("--time-col", help="Column of the time.", rich_help_panel="Data")
+]
+KCore = Annotated[
+    int | None,
+    typer.Option(
+        "--k-core",
+        min=0,
+        help="Drop users and items with fewer interactions, until none is left.",
+        rich_help_panel="Data",
+    ),
+]
+Dedup = Annotated[
+    bool | None,
+    typer.Option(
+        "--dedup/--no-dedup",
+        help="Keep only the first of repeated (user, item) rows.",
+        rich_help_panel="Data",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="recbole, movielens, csv, parquet, pairs or sequences, where it is not recognised.",
+        rich_help_panel="Data",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The recommender: a folder, a Hub id, or pkg.module:function returning one.",
+        show_default=False,
+    ),
+]
+K = Annotated[int, typer.Option("-k", "--top-k", min=1, help="Length of the lists.")]
+MaskSeen = Annotated[
+    bool, typer.Option("--mask-seen", help="Leave out every item of a user's history.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+
+
+def _usable(device: str) -> str:
+    """The device, if there is one of that name here."""
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise typer.BadParameter(f"{device!r} cannot be used here: {reason}") from None
+    return device
+
+
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, …", callback=_usable)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Layer = Annotated[
+    str | None,
+    typer.Option("--layer", help="Module path of the site; see `steerrec layers`."),
+]
+
+
+def read_data(
+    data: Path,
+    recorded: dict[str, Any] | None = None,
+    *,
+    user_col: str | None = None,
+    item_col: str | None = None,
+    time_col: str | None = None,
+    k_core: int | None = None,
+    dedup: bool | None = None,
+    format: str | None = None,
+) -> Interactions:
+    """Read interactions; what is not given is as it was recorded when the model was trained.
+
+    Recorded columns that this data does not have are recognised anew, with a warning.
+    """
+    from steerrec.data import DataWarning, read_interactions
+    from steerrec.errors import ColumnError
+
+    recorded = recorded or {}
+    given = {"user_col": user_col, "item_col": item_col, "time_col": time_col}
+    columns = {key: value or recorded.get(key) for key, value in given.items()}
+    core = recorded.get("k_core") if k_core is None else k_core
+    first_only = recorded.get("dedup") if dedup is None else dedup
+
+    def read(columns: dict[str, str | None]) -> Interactions:
+        return read_interactions(
+            data, **columns, k_core=core or 0, dedup=bool(first_only), format=format
+        )
+
+    try:
+        return read(columns)
+    except ColumnError:
+        if columns == given:
+            raise
+    found = read(given)
+    used = found.preparation
+    warnings.warn(
+        f"{data} does not have the columns of the data that the model was trained on; read as "
+        f"user {used.user_col!r}, item {used.item_col!r}, "
+        + (f"time {used.time_col!r}" if used.time_col else "in file order"),
+        DataWarning,
+        stacklevel=2,
+    )
+    return found
+
+
+def split_for(rec: Recommender, interactions: Interactions) -> Split:
+    """Histories in the rows of the model's own catalogue, split leave-one-out."""
+    from steerrec.data import build_histories, leave_one_out
+
+    return leave_one_out(build_histories(interactions, rec.catalogue), len(rec.catalogue))
+
+
+def open_artifact(
+    path: Path, model: str | None, device: str = "cpu"
+) -> tuple[Artifact, Recommender]:
+    """An artifact and the model that it belongs to.
+
+    A path or function that the artifact merely records is shown, never opened or imported.
+    """
+    from steerrec.artifacts import load_artifact
+    from steerrec.errors import ArtifactError
+    from steerrec.loading import load_recommender
+
+    artifact = load_artifact(path)
+    if model is None:
+        recorded = artifact.base_model.get("source")
+        raise ArtifactError(
+            f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
+            f"word; give it with --model {recorded}"
+        )
+    rec = load_recommender(model, device=device)
+    artifact.check(rec)
+    return artifact, rec
+
+
+def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
+    """Raise unless nothing is at `path`, or it may be replaced.
+
+    A file is replaced only by a file, a folder only if it is empty or steerrec wrote it.
+    """
+    from steerrec.errors import StorageError
+
+    if not path.exists():
+        return
+    if not force:
+        raise StorageError(f"{path} exists; choose another name, or replace it with --force")
+    empty = folder and path.is_dir() and not any(path.iterdir())
+    if not empty and not (path / "steerrec.json" if folder else path).is_file():
+        kind = "a MODEL or ARTIFACT folder" if folder else "a file"
+        raise StorageError(
+            f"{path} is not {kind}: --force does not replace it; choose another name"
+        )
+
+
+def partial(path: Path) -> Path:
+    """Folder of a run's unfinished work, beside its result."""
+    path = path.resolve()  # "." has no name
+    return path.with_name(f"{path.name}.partial")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout under its title: the first column names the row, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: never cut numbers off
+        console.width = 200
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def print_evaluations(named: dict[str, Evaluation]) -> None:
+    """Metrics side by side, one column an evaluation, under the protocol of each."""
+    first = next(iter(named.values()))
+    protocols = {name: describe_protocol(found) for name, found in named.items()}
+    if len(set(protocols.values())) == 1:
+        title = describe_protocol(first)
+    else:
+        title = "\n".join(f"{name}: {protocol}" for name, protocol in protocols.items())
+    rows = [
+        [metric, *(number(found.metrics[metric]) for found in named.values())]
+        for metric in first.metrics
+    ]
+    print_table(title, ["", *named], rows)
+
+
+def describe_protocol(found: Evaluation) -> str:
+    """The protocol in a line."""
+    protocol = found.protocol
+    split = "whole histories" if protocol["split"] == "none" else f"{protocol['split']} split"
+    seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
+    line = (
+        f"{split}, {seen}, k = {protocol['k']}, "
+        f"{protocol['users']:,} users, {protocol['items']:,} items"
+    )
+    unreachable = protocol.get("unreachable", 0.0)
+    return line + (f", {unreachable:.1%} of targets unreachable" if unreachable else "")
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """The number, or a dash where it is not defined."""
+    return "–" if value is None or value != value else format(value, form)

@@ -1,0 +1,245 @@
+"""`steerrec steer`: steered recommendations, and what steering gains and costs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from steerrec.cli import options as opt
+
+if TYPE_CHECKING:
+    from steerrec.data import Histories
+    from steerrec.ranking import TopK
+    from steerrec.recommender import Recommender
+    from steerrec.tradeoff import Sweep
+
+SWEEP = Path("sweep")
+_SWEPT = ("sweep.json", "sweep.png")
+_SUFFIXES = (".parquet", ".csv", ".tsv")
+
+
+class SplitName(StrEnum):
+    """Which histories are ranked for."""
+
+    none = "none"
+    valid = "valid"
+    test = "test"
+
+
+class SpliceName(StrEnum):
+    """How steered latents get back into the model."""
+
+    delta = "delta"
+    reconstruct = "reconstruct"
+
+
+def steer(
+    artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
+    data: opt.DataOption,
+    model: opt.ModelOption = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Strength; 0 changes nothing.")] = 1.0,
+    neurons: Annotated[
+        int | None, typer.Option("--neurons", min=1, help="Only the strongest N; all by default.")
+    ] = None,
+    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    splice: Annotated[
+        SpliceName | None,
+        typer.Option("--splice", help="Add the change to the vector, or replace the vector."),
+    ] = None,
+    popsteer_compat: Annotated[
+        bool,
+        typer.Option("--popsteer-compat", help="Do what the paper's published code does."),
+    ] = False,
+    k: opt.K = 10,
+    split: Annotated[
+        SplitName,
+        typer.Option("--split", help="Whole histories, or a held-out part with its metrics."),
+    ] = SplitName.none,
+    mask_seen: opt.MaskSeen = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Recommendations as .parquet, .csv or .tsv; with --sweep a folder for "
+            "sweep.json and sweep.png.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Measure many strengths and draw the trade-off.")
+    ] = False,
+    alphas: Annotated[
+        str | None, typer.Option("--alphas", help="Strengths for --sweep, such as 0.5,1,2.")
+    ] = None,
+    layer: opt.Layer = None,
+    device: opt.Device = "cpu",
+    user_col: opt.UserCol = None,
+    item_col: opt.ItemCol = None,
+    time_col: opt.TimeCol = None,
+    k_core: opt.KCore = None,
+    dedup: opt.Dedup = None,
+    format: opt.Format = None,
+    force: opt.Force = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
+    from steerrec.data import build_histories
+    from steerrec.evaluation import Which, capture_held_out, capture_users, measure
+    from steerrec.steering import Steering
+    from steerrec.steering import attach as attach_sae
+
+    _check(output, sweep, alphas, force, splice, popsteer_compat)
+    opened, rec = opt.open_artifact(artifact, model, device)
+    here = opened.at(layer)
+    steering = Steering.popsteer(
+        here.table(contrast),
+        alpha=alpha,
+        neurons=neurons,
+        splice=None if splice is None else splice.value,
+        popsteer_compat=popsteer_compat,
+    )
+    interactions = opt.read_data(
+        data,
+        opened.data,
+        user_col=user_col,
+        item_col=item_col,
+        time_col=time_col,
+        k_core=k_core,
+        dedup=dedup,
+        format=format,
+    )
+    sae = here.sae.to(device)
+    if sweep:
+        from steerrec.tradeoff import DEFAULT_ALPHAS
+        from steerrec.tradeoff import sweep as run_sweep
+
+        strengths = DEFAULT_ALPHAS if alphas is None else _numbers(alphas)
+        result = run_sweep(
+            rec,
+            sae,
+            steering,
+            opt.split_for(rec, interactions),
+            site=here.site,
+            alphas=strengths,
+            k=k,
+            mask_seen=mask_seen,
+        )
+        write_sweep(result, output or SWEEP, title="Steering popularity", json=json_output)
+        return
+    if split is SplitName.none:
+        capture = partial(capture_users, rec, build_histories(interactions, rec.catalogue))
+    else:
+        which: Which = "valid" if split is SplitName.valid else "test"
+        capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)
+    users = capture()
+    base = measure(rec, users, k=k, mask_seen=mask_seen)
+    with attach_sae(rec, sae, site=here.site, steering=steering):
+        steered = measure(rec, capture(), k=k, mask_seen=mask_seen)
+    results = {"unsteered": base, "steered": steered}
+    if output is not None:
+        write_recommendations(output, rec, users.histories, steered.lists)
+        opt.note(f"{output} written")
+    if json_output:
+        found = {name: result.to_dict() for name, result in results.items()}
+        file = None if output is None else str(output)
+        opt.print_json({"alpha": alpha, "recommendations": file, **found})
+    else:
+        opt.print_evaluations(results)
+
+
+def _check(
+    output: Path | None,
+    sweep: bool,
+    alphas: str | None,
+    force: bool,
+    splice: SpliceName | None,
+    popsteer_compat: bool,
+) -> None:
+    """Refuse what cannot work before anything is computed."""
+    from steerrec.errors import StorageError
+
+    if alphas is not None and not sweep:
+        raise typer.BadParameter("--alphas goes with --sweep")
+    if popsteer_compat and splice is SpliceName.delta:
+        raise typer.BadParameter("--popsteer-compat puts in the reconstruction, not --splice delta")
+    if sweep:
+        folder = output or SWEEP
+        if folder.suffix in _SUFFIXES or (folder.exists() and not folder.is_dir()):
+            raise StorageError(
+                f"{folder} is no folder; --sweep writes {' and '.join(_SWEPT)} into one"
+            )
+        for name in _SWEPT:
+            opt.refuse_existing(folder / name, force)
+    elif output is not None:
+        if output.suffix not in _SUFFIXES:
+            raise StorageError(
+                f"{output} has no suffix that says its format; expected {', '.join(_SUFFIXES)}"
+            )
+        opt.refuse_existing(output, force)
+
+
+def write_recommendations(path: Path, rec: Recommender, histories: Histories, lists: TopK) -> None:
+    """One row a recommendation: user_id, rank, item_id, title, score, with the data's own ids."""
+    import numpy as np
+    import polars as pl
+
+    from steerrec.files import atomic_file
+
+    users, k = lists.ids.shape
+    frame = pl.DataFrame(
+        {
+            "user_id": histories.user_ids.gather(np.repeat(np.arange(users), k)),
+            "rank": np.tile(np.arange(1, k + 1), users),
+            "row": lists.ids.flatten().numpy(),
+            "score": lists.scores.flatten().numpy(),
+        }
+    ).filter(pl.col("row") >= 0)
+    items = rec.catalogue.frame.select("row", "item_id", "title")
+    frame = frame.join(items, on="row", how="left", maintain_order="left")
+    frame = frame.select("user_id", "rank", "item_id", "title", "score")
+    with atomic_file(path) as temporary:
+        if path.suffix == ".parquet":
+            frame.write_parquet(temporary)
+        else:
+            frame.write_csv(temporary, separator="\t" if path.suffix == ".tsv" else ",")
+
+
+def write_sweep(result: Sweep, folder: Path, *, title: str, json: bool) -> None:
+    """Write sweep.json and sweep.png into a folder, and print the trade-off."""
+    from steerrec.files import write_json
+    from steerrec.report import plot_tradeoff
+    from steerrec.tradeoff import BUDGETS
+
+    plot_tradeoff(result, folder / "sweep.png", title=title)
+    write_json(folder / "sweep.json", result.to_dict())
+    if json:
+        opt.print_json(result.to_dict())
+        return
+    base = result.points[0].test
+    shown = [m for m in base.metrics if m.partition("@")[0] in _SHOWN]
+    chosen = {budget: result.within(budget).alpha for budget in BUDGETS}
+    rows = []
+    for point in result.points:
+        marks = ", ".join(f"{b:.0%}" for b, alpha in chosen.items() if alpha == point.alpha)
+        ndcg, ndcg_base = point.test.metrics[shown[0]], base.metrics[shown[0]]
+        change = ndcg / ndcg_base - 1 if ndcg_base else None
+        values = [opt.number(point.test.metrics[m]) for m in shown]
+        rows.append([f"{point.alpha:g}", *values, opt.number(change, "+.1%"), marks])
+    columns = ["α", *shown, "nDCG change", "chosen at"]
+    opt.print_table(opt.describe_protocol(base), columns, rows)
+    opt.note(f"{folder / 'sweep.json'} and {folder / 'sweep.png'} written")
+
+
+_SHOWN = ("ndcg", "hr", "ltc", "gini", "coverage", "ndcg_tail")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"--alphas is {text!r}; expected numbers such as 0.5,1,2"
+        raise typer.BadParameter(message) from None

@@ -1,0 +1,395 @@
+"""Every command from an interactions file to steered recommendations, as a user types it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+import torch
+
+import steerrec
+from steerrec.data import build_histories, read_interactions, simulate, write_csv
+
+METRICS = {
+    *("ndcg@10", "hr@10", "ltc@10", "gini@10", "coverage@10", "arp@10", "tail_share@10"),
+    *("ndcg_head@10", "ndcg_mid@10", "ndcg_tail@10"),
+}
+EXPOSURE = {"ltc@10", "gini@10", "coverage@10", "arp@10", "tail_share@10"}
+PROTOCOL = {"split": "test", "mask_seen": False, "k": 10, "users": 240, "items": 80}
+
+
+def tables(folder):
+    """Name and content of every attribution table of an artifact."""
+    return {file.name: file.read_bytes() for file in folder.glob("*/attribution/*.safetensors")}
+
+
+@pytest.fixture
+def recommender(world):
+    return steerrec.load_recommender(world.model)
+
+
+@pytest.fixture
+def histories(world, recommender):
+    columns = {"user_col": "who", "item_col": "what", "time_col": "when"}
+    interactions = read_interactions(world.data, **columns, k_core=3)
+    return build_histories(interactions, recommender.catalogue)
+
+
+# --- train, evaluate
+
+
+def test_train_reports_test_metrics_with_and_without_the_mask(world):
+    document = world.trained.json
+    assert document["model"] == str(world.model)
+    unmasked, masked = document["training"]["test"]
+    assert unmasked["protocol"] == PROTOCOL
+    assert masked["protocol"] == {**PROTOCOL, "mask_seen": True, "unreachable": 12 / 240}
+    for found in (unmasked, masked):
+        assert set(found["metrics"]) >= METRICS
+    assert unmasked["metrics"]["ndcg@10"] > 0.12  # lists at random: .057
+
+
+def test_train_writes_a_whole_model_and_nothing_else(world):
+    names = {"config.json", "model.safetensors", "items.parquet", "steerrec.json"}
+    assert {file.name for file in world.model.iterdir()} == names
+    there = {path.name for path in world.folder.iterdir()}
+    assert there == {"visits.csv", "items.csv", "model", "artifact"}
+    record = json.loads((world.model / "steerrec.json").read_text())
+    assert record == {key: world.trained.json[key] for key in ("data", "training")}
+
+
+def test_model_and_artifact_record_how_the_data_was_read(world):
+    read = {"user_col": "who", "item_col": "what", "time_col": "when", "k_core": 3, "dedup": False}
+    for folder in (world.model, world.artifact):
+        record = json.loads((folder / "steerrec.json").read_text())
+        assert record["data"] == {"format": "csv", **read}
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_evaluate_reads_the_data_as_train_did_and_finds_the_same(cli, world, mask_seen):
+    options = ["--mask-seen"] if mask_seen else []
+    found = cli("evaluate", world.model, "--data", world.data, "--json", *options)
+    assert found.err == ""
+    assert found.json == {
+        "model": str(world.model),
+        **world.trained.json["training"]["test"][mask_seen],
+    }
+
+
+def test_evaluate_on_validation_with_another_k(cli, world):
+    options = ("--split", "valid", "-k", "5", "--json")
+    found = cli("evaluate", world.model, "--data", world.data, *options).json
+    assert found["protocol"] == {**PROTOCOL, "split": "valid", "k": 5}
+    assert all(name.endswith("@5") for name in found["metrics"])
+
+
+def test_evaluate_prints_its_protocol_and_every_metric(cli, world):
+    found = cli("evaluate", world.model, "--data", world.data, "--mask-seen")
+    assert found.code == 0
+    protocol = "test split, seen items masked, k = 10, 240 users, 80 items"
+    assert found.out.startswith(f"{protocol}, 5.0% of targets unreachable\n")
+    assert all(f" {metric} " in found.out for metric in METRICS)
+
+
+def test_options_go_before_what_is_recorded(cli, world):
+    """Without the 3-core there are users too short and items that the model does not know."""
+    found = cli("evaluate", world.model, "--data", world.data, "--k-core", "0", "--json")
+    assert found.json["protocol"] == PROTOCOL
+    unknown, short = found.err.splitlines()
+    assert unknown.startswith("steerrec: warning: dropped: 2 of ")
+    assert unknown.endswith("interactions have an item id that the catalogue does not know (2 ids)")
+    assert short.startswith("steerrec: warning: 1 of 241 users have fewer than 3 interactions")
+
+
+def test_data_with_other_columns_than_recorded_is_recognised_with_a_warning(cli, world, tmp_path):
+    rows = pl.read_csv(world.data)
+    rows.rename({"who": "user", "what": "item", "when": "time"}).write_csv(tmp_path / "usual.csv")
+    found = cli("evaluate", world.model, "--data", tmp_path / "usual.csv", "--json")
+    assert found.json["metrics"] == world.trained.json["training"]["test"][0]["metrics"]
+    (warning,) = found.err.splitlines()
+    assert "read as user 'user', item 'item', time 'time'" in warning
+
+
+# --- layers
+
+
+def test_layers_marks_the_recommended_site_and_what_never_fires(cli, world):
+    found = cli("layers", world.model, "--json").json
+    assert found["recommended"]["path"] == "final_norm"
+    firings = {layer["path"]: layer["firings"] for layer in found["layers"]}
+    assert firings["final_norm"] == firings["layers.0"] == 1
+    assert firings["position_embedding"] == 0
+    lines = cli("layers", world.model).out.splitlines()
+    assert [line.split()[:3] for line in lines if "*" in line][-1] == ["final_norm", "*", "1"]
+
+
+# --- attach, score
+
+
+def test_attach_reports_the_reconstruction_and_what_it_costs(world):
+    found = world.attached.json
+    assert found["artifact"] == str(world.artifact)
+    assert found["site"]["path"] == "final_norm"
+    assert 0 < found["reconstruction"]["fvu"] < 0.6
+    assert 0 < found["reconstruction"]["l0"] <= 8
+    assert 0 <= found["reconstruction"]["dead_share"] <= 1
+    base, through = (found["downstream"][name] for name in ("base", "reconstruction"))
+    assert base["protocol"] == through["protocol"] == {**PROTOCOL, "split": "valid"}
+    kept = through["metrics"]["ndcg@10"] / base["metrics"]["ndcg@10"]
+    assert found["downstream"]["ndcg_kept"] == kept
+
+
+def test_the_artifact_opens_with_its_model(world, recommender):
+    here = steerrec.load_artifact(world.artifact, rec=recommender).at()
+    assert (here.sae.d_in, here.sae.d_sae, here.sae.k) == (32, 64, 8)
+    assert list(here.tables) == ["popularity"]
+
+
+def test_score_names_the_strongest_neurons(world, recommender):
+    found = world.scored.json
+    table = steerrec.load_artifact(world.artifact).at().table("popularity")
+    assert found["contrast"] == table.contrast
+    assert [row["neuron"] for row in found["top"]] == table.strongest(10).tolist()
+    assert (
+        found["top"][0]["cohens_d"]
+        == table["cohens_d"].abs().max() * table["cohens_d"].sign()[found["top"][0]["neuron"]]
+    )
+    head, _, tail = recommender.catalogue.groups.sizes
+    groups = [found["contrast"][group] for group in ("group_a", "group_b")]
+    assert groups == [{"label": "popular", "items": head}, {"label": "unpopular", "items": tail}]
+
+
+def test_one_seed_gives_one_table(cli, world, tmp_path):
+    found = {}
+    for name, seed in (("again", 0), ("other", 1)):
+        copy = shutil.copytree(world.artifact, tmp_path / name)
+        options = ("--model", world.model, "--data", world.data, "--users", "512", "--seed", seed)
+        result = cli("score", copy, *options)
+        assert result.code == 0
+        assert "strongest of 64 neurons, 512 synthetic users a group" in result.out
+        found[name] = tables(copy)
+    assert found["again"] == tables(world.artifact)
+    assert found["other"] != tables(world.artifact)
+
+
+def test_an_sae_inside_the_model_is_scored_and_steers(cli, world, tmp_path):
+    """Anywhere but at the scored vector the model itself has to run with the SAE attached."""
+    artifact = tmp_path / "artifact"
+    given = ("--model", world.model, "--data", world.data)
+    size = ("--latents", "64", "--k", "8", "--batch-size", "256", "--epochs", "2")
+    attach = ("attach", world.model, "--data", world.data, "-o", artifact)
+    attached = cli(*attach, "--layer", "layers.0.attention", *size, "--json").json
+    assert attached["site"]["path"] == "layers.0.attention"
+    assert cli("score", artifact, *given, "--users", "128").code == 0
+    steer = ("steer", artifact, *given, "--alpha", "2", "--split", "test", "--json")
+    steered = cli(*steer, "--layer", "layers.0.attention").json
+    assert steered["unsteered"] == world.trained.json["training"]["test"][0]
+    assert steered["steered"]["metrics"] != steered["unsteered"]["metrics"]
+    sweep = ("--sweep", "--alphas", "2", "-o", tmp_path / "sweep", "--json")
+    swept = cli("steer", artifact, *given, *sweep).json
+    assert [point["test"] for point in swept["points"]] == [
+        steered["unsteered"],
+        steered["steered"],
+    ]
+
+
+# --- steer
+
+
+def test_recommendations_carry_the_ids_and_titles_of_the_data(cli, world, histories, tmp_path):
+    """Whole histories by default, into a folder that is not there yet; in every format alike."""
+    frames = {}
+    for suffix, read in (("parquet", pl.read_parquet), ("csv", pl.read_csv)):
+        file = tmp_path / "not" / "yet" / f"recs.{suffix}"
+        found = cli(*world.steer, "-k", "5", "-o", file, "--json")
+        assert found.json["recommendations"] == str(file)
+        assert found.err == f"{file} written\n"
+        frames[suffix] = read(file)
+        assert [path.name for path in file.parent.glob(".*")] == []
+    cli(*world.steer, "-k", "5", "-o", tmp_path / "recs.tsv")
+    frames["tsv"] = pl.read_csv(tmp_path / "recs.tsv", separator="\t")
+    frame = frames["parquet"]
+    assert frame.columns == ["user_id", "rank", "item_id", "title", "score"]
+    assert frame["user_id"].unique(maintain_order=True).equals(histories.user_ids, null_equal=True)
+    assert frame["rank"].to_list() == [1, 2, 3, 4, 5] * 240
+    items = pl.read_csv(world.folder / "items.csv")
+    titles = dict(zip(items["item_id"], items["title"], strict=True))
+    assert frame["title"].to_list() == [titles[item] for item in frame["item_id"]]
+    assert not frame.select("user_id", "item_id").is_duplicated().any()
+    for name in ("csv", "tsv"):
+        assert frames[name].drop("score").equals(frame.drop("score"))
+        assert frames[name]["score"].to_numpy() == pytest.approx(frame["score"].to_numpy())
+
+
+def test_integer_ids_stay_integers(cli, tmp_path):
+    """And an output name without a folder goes where one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        write_csv(simulate(60, 30, seed=1), "data")
+        size = ("--hidden-size", "16", "--layers", "1", "--max-length", "10", "--epochs", "1")
+        assert cli("train", "data", "-o", "model", *size).code == 0
+        small = ("--latents", "32", "--k", "4", "--batch-size", "64", "--epochs", "1")
+        given = ("--data", "data")
+        assert cli("attach", "model", *given, "-o", "artifact", *small).code == 0
+        assert cli("score", "artifact", "--model", "model", *given, "--users", "64").code == 0
+        steer = ("steer", "artifact", "--model", "model", *given)
+        assert cli(*steer, "-o", "recs.parquet").code == 0
+    frame = pl.read_parquet(tmp_path / "recs.parquet")
+    assert frame.schema["user_id"] == frame.schema["item_id"] == pl.Int64
+    rows = pl.read_csv(tmp_path / "data" / "interactions.csv")
+    for column in ("user_id", "item_id"):
+        assert set(frame[column]) <= set(rows[column])
+    assert set(frame["user_id"]) == set(rows["user_id"])
+
+
+def test_strength_zero_changes_nothing(cli, world, recommender, histories, tmp_path):
+    found = cli(*world.steer, "--alpha", "0", "-o", tmp_path / "zero.parquet", "--json").json
+    assert found["steered"] == found["unsteered"]
+    assert found["unsteered"]["protocol"] == {**PROTOCOL, "split": "none"}
+    assert set(found["unsteered"]["metrics"]) == EXPOSURE
+    lists = steerrec.recommend(recommender, histories)
+    item_ids = recommender.catalogue.item_ids
+    frame = pl.read_parquet(tmp_path / "zero.parquet")
+    assert frame["item_id"].to_list() == item_ids.gather(lists.ids.flatten().numpy()).to_list()
+    assert torch.equal(frame["score"].to_torch(), lists.scores.flatten())
+
+
+def test_steering_moves_exposure_to_the_tail(cli, world):
+    found = cli(*world.steer, "--alpha", "1", "--json").json
+    before, after = found["unsteered"]["metrics"], found["steered"]["metrics"]
+    assert after["arp@10"] < before["arp@10"]
+    assert after["tail_share@10"] > before["tail_share@10"]
+
+
+def test_mask_seen_recommends_nothing_seen(cli, world, tmp_path):
+    seen = pl.read_csv(world.data).select(user_id="who", item_id="what")
+    for options, expected in ((["--mask-seen"], False), ([], True)):
+        file = tmp_path / f"recs{len(options)}.parquet"
+        assert cli(*world.steer, "--alpha", "1", *options, "-o", file).code == 0
+        frame = pl.read_parquet(file)
+        repeats = frame.join(seen, on=["user_id", "item_id"], how="semi")
+        assert bool(len(repeats)) == expected
+
+
+def test_a_held_out_part_has_metrics_before_and_after(cli, world, tmp_path):
+    options = ("--split", "test", "--mask-seen", "-o", tmp_path / "recs.csv", "--json")
+    found = cli(*world.steer, "--alpha", "0.5", *options).json
+    assert found["unsteered"] == world.trained.json["training"]["test"][1]
+    assert found["steered"]["protocol"] == found["unsteered"]["protocol"]
+    assert set(found["steered"]["metrics"]) == set(found["unsteered"]["metrics"])
+    assert found["steered"]["metrics"] != found["unsteered"]["metrics"]
+    table = cli(*world.steer, "--alpha", "0.5", "--split", "test", "--mask-seen").out
+    ndcg = next(line for line in table.splitlines() if "ndcg@10" in line).split()
+    assert ndcg[1:] == [
+        f"{found[name]['metrics']['ndcg@10']:.4f}" for name in ("unsteered", "steered")
+    ]
+
+
+def test_a_sweep_is_drawn_and_agrees_with_the_other_commands(cli, world, tmp_path):
+    folder = tmp_path / "new" / "sweep"
+    found = cli(*world.steer, "--sweep", "--alphas", "0.5,2", "-o", folder, "--json")
+    swept = found.json
+    assert found.err == ""
+    assert json.loads((folder / "sweep.json").read_text()) == swept
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in folder.iterdir()) == ["sweep.json", "sweep.png"]
+    assert [point["alpha"] for point in swept["points"]] == [0.0, 0.5, 2.0]
+    assert list(swept["chosen_on_validation"]) == ["1%", "5%", "10%"]
+    assert swept["points"][0]["test"] == world.trained.json["training"]["test"][0]
+    one = cli(*world.steer, "--alpha", "2", "--split", "valid", "--json").json
+    assert swept["points"][2]["valid"] == one["steered"]
+
+
+def test_a_sweep_prints_a_row_for_each_strength(cli, world, tmp_path):
+    found = cli(*world.steer, "--sweep", "--alphas", "0.5,2", "-o", tmp_path / "sweep")
+    rows = [line.split() for line in found.out.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("0", "0.5", "2")] == ["0", "0.5", "2"]
+    assert "sweep.png written" in found.err
+
+
+@pytest.mark.parametrize(
+    "options", [["--neurons", "3"], ["--splice", "reconstruct"], ["--popsteer-compat"]]
+)
+def test_other_recipes_give_other_lists(cli, world, options):
+    usual = cli(*world.steer, "--json").json
+    other = cli(*world.steer, *options, "--json").json
+    assert other["unsteered"] == usual["unsteered"]
+    assert other["steered"] != usual["steered"]
+
+
+def test_all_neurons_are_the_default(cli, world):
+    assert cli(*world.steer, "--neurons", "64", "--json").out == cli(*world.steer, "--json").out
+
+
+# --- from anywhere, and around what is there
+
+
+def test_paths_may_be_relative_to_another_folder(cli, world, tmp_path):
+    (tmp_path / "here").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        relative = os.path.relpath(world.folder)
+        steer = ("steer", f"{relative}/artifact", "--model", f"{relative}/model/")
+        found = cli(*steer, "--data", f"{relative}/visits.csv", "-o", "../recs.csv")
+    assert found.code == 0
+    assert (tmp_path / "recs.csv").is_file()
+
+
+def test_force_replaces_a_file_a_model_and_an_artifact(cli, world, tmp_path):
+    file = tmp_path / "recs.csv"
+    file.write_text("old")
+    assert cli(*world.steer, "-o", file, "--force").code == 0
+    assert file.read_text().startswith("user_id,rank,")
+    artifact = shutil.copytree(world.artifact, tmp_path / "artifact")
+    (artifact / "old.txt").write_text("old")
+    attach = ("attach", world.model, "--data", world.data, "-o", artifact, "--force")
+    assert (
+        cli(*attach, "--latents", "16", "--k", "4", "--epochs", "1", "--keep-activations").code == 0
+    )
+    assert not (artifact / "old.txt").exists()
+    assert steerrec.load_artifact(artifact).at().sae.d_sae == 16
+    assert (tmp_path / "artifact.partial" / "activations" / "activations.json").is_file()
+
+
+# --- the command line itself
+
+
+def test_help_names_every_command_and_every_command_has_help(cli):
+    commands = ("demo", "train", "evaluate", "layers", "attach", "score", "steer")
+    overview = cli("-h")
+    for command in commands:
+        found = cli(command, "--help")
+        assert (found.code, found.err) == (0, "")
+        assert f" {command} " in overview.out
+        assert f"steerrec {command} [OPTIONS]" in found.out
+
+
+def test_version(cli):
+    assert cli("--version").out == f"{steerrec.__version__}\n"
+
+
+def test_in_a_pipe_stdout_is_the_document_and_stderr_is_empty(world, tmp_path):
+    """A process of its own: the one that a script would start, from another folder."""
+    command = ["evaluate", world.model, "--data", world.data, "--json"]
+    run = subprocess.run(
+        [sys.executable, "-m", "steerrec.cli", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert run.stderr == ""
+    found = json.loads(run.stdout)
+    assert found["metrics"] == world.trained.json["training"]["test"][0]["metrics"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_progress_bar_where_stderr_is_no_terminal(world):
+    assert world.trained.err.startswith("240 users, 80 items, ")
+    assert world.trained.err.endswith(" interactions\n")
+    assert world.trained.err.count("\n") == 1
+    assert world.attached.err == world.scored.err == ""
