@@ -302,6 +302,10 @@ def load(
         raise
     except Exception as error:  # a stranger's files can make these libraries raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if not Path(path).is_dir():
+            raise ModelError(
+                f"{path} is no folder here, and cannot be had from the Hub ({reason})"
+            ) from error
         raise ModelError(f"{path} cannot be loaded as a SASRec model ({reason})") from error
     misfits = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     misfits += [

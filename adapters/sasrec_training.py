@@ -42,7 +42,10 @@ class SASRecTraining:
     gbce_t
         Calibration t of gBCE, between 0 (plain BCE) and 1.
     epochs
-        Upper bound; each epoch sees every training position once.
+        Upper bound; each epoch sees every training position once. None for as many as make 7,000
+        steps, but no fewer than 30: a small data set has few steps an epoch.
+    validate_every
+        Epochs between validations; None for 30 validations a run.
     patience
         Stop after this many validations without a better nDCG@10. The best weights are kept.
     warmup_steps
@@ -57,14 +60,14 @@ class SASRecTraining:
     loss: Loss = "softmax"
     negatives: int = 256
     gbce_t: float = 0.75
-    epochs: int = 30
+    epochs: int | None = None
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 100
     max_grad_norm: float = 5.0
     patience: int = 6
-    validate_every: int = 1
+    validate_every: int | None = None
     validation_users: int = 10_000
     mask_seen: bool = False
     seed: int = 0
@@ -212,7 +215,7 @@ def fit_sasrec(
     """
     run = _Run(split, catalogue, config, training, Path(work), torch.device(device))
     run.resume()
-    bar = track(range(run.epoch, training.epochs), "epochs", unit="epoch")
+    bar = track(range(run.epoch, run.epochs), "epochs", unit="epoch")
     for _ in bar:
         if run.finished:
             break
@@ -241,6 +244,9 @@ class _Run:
         self.windows = training_windows(split.train, config.max_position_embeddings)
         if not len(self.windows):
             raise TrainingError("nothing to learn from: every training history has a single item")
+        steps = -(-len(self.windows) // training.batch_size)
+        self.epochs = training.epochs or max(30, -(-7000 // steps))
+        self.validate_every = training.validate_every or max(1, self.epochs // 30)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             self.model = SASRecModel(config)
@@ -265,7 +271,7 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.training.epochs or self.stale >= self.training.patience
+        return self.epoch >= self.epochs or self.stale >= self.training.patience
 
     def batches(self) -> Iterator[np.ndarray]:
         """Window numbers in batches of similar length, in an order of this epoch's own."""
@@ -326,7 +332,7 @@ class _Run:
 
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         warmup = self.training.warmup_steps
-        done = min(step / (steps_per_epoch * self.training.epochs), 1.0)
+        done = min(step / (steps_per_epoch * self.epochs), 1.0)
         factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
         if step < warmup:
             factor *= (step + 1) / warmup
@@ -334,7 +340,7 @@ class _Run:
             group["lr"] = self.training.learning_rate * factor
 
     def validate(self) -> None:
-        if self.epoch % self.training.validate_every and self.epoch < self.training.epochs:
+        if self.epoch % self.validate_every and self.epoch < self.epochs:
             return
         rec = SASRecRecommender(self.model, self.catalogue)
         result = evaluate(

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -69,6 +70,7 @@ def options(
 def run() -> NoReturn:
     """Run the command line; errors become one line on stderr and the exit status."""
     warnings.showwarning = _show_warning
+    sys.path.append(str(Path.cwd()))  # last: pkg.module:function may name a module that lies here
     try:
         app()
     except BrokenPipeError:

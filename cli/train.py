@@ -43,13 +43,18 @@ def train(
     negatives: Annotated[
         int, _tuning("--negatives", "Sampled negatives, for bce and gbce.", min=1)
     ] = 256,
-    epochs: Annotated[int, _tuning("--epochs", "At most this many.", min=1)] = 30,
+    epochs: Annotated[
+        int | None,
+        _tuning(
+            "--epochs", "At most this many; by default what 7,000 steps take, at least 30.", min=1
+        ),
+    ] = None,
     batch_size: Annotated[int, _tuning("--batch-size", "Histories in a step.", min=1)] = 32,
     learning_rate: Annotated[
         float, _tuning("--learning-rate", "Peak learning rate.", min=1e-9)
     ] = 1e-3,
     patience: Annotated[
-        int, _tuning("--patience", "Stop after this many epochs without a better nDCG.", min=1)
+        int, _tuning("--patience", "Stop after this many validations without a better nDCG.", min=1)
     ] = 6,
     mask_seen: opt.MaskSeen = False,
     seed: opt.Seed = 0,

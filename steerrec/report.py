@@ -42,10 +42,18 @@ def plot_tradeoff(sweep: Sweep, path: str | Path, *, title: str, budget: float =
         (f"gini@{k}", f"Gini@{k} of item exposure  (lower is fairer)"),
         (f"ltc@{k}", f"Long-tail coverage@{k}  (higher is better)"),
     )
-    for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
+    both = figure.subplots(1, 2)
+    for axes, (metric, label) in zip(both, panels, strict=True):
         _draw(axes, sweep, metric, budget)
         axes.set_ylabel(label)
         axes.set_xlabel(f"nDCG@{k}  (higher is better)")
+    figure.legend(
+        *both[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=10,
+    )
     seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
     subtitle = f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}"
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
@@ -59,8 +67,10 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
     ndcg = metric.replace(metric.partition("@")[0], "ndcg")
     x = [point.test.metrics[ndcg] for point in sweep.points]
     y = [point.test.metrics[metric] for point in sweep.points]
-    axes.axvspan(x[0] * (1 - budget), x[0], color=_BLUE, alpha=0.07, lw=0)
-    axes.plot(x, y, color=_BLUE, lw=2, marker="o", ms=5, zorder=3)
+    axes.axvspan(
+        x[0] * (1 - budget), x[0], color=_BLUE, alpha=0.07, lw=0, label=f"within {budget:.0%} nDCG"
+    )
+    axes.plot(x, y, color=_BLUE, lw=2, marker="o", ms=5, zorder=3, label="steered, by α")
     axes.scatter(x[:1], y[:1], s=90, color=_GREY, zorder=4, label="unsteered")
     chosen = sweep.within(budget)
     if chosen.alpha:
@@ -70,7 +80,7 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
             s=110,
             color=_ORANGE,
             zorder=5,
-            label=f"α = {chosen.alpha:g}, chosen on validation at {budget:.0%} nDCG",
+            label=f"α = {chosen.alpha:g}, chosen on validation",
         )
     side = 1 if metric.startswith("gini") else -1  # labels away from the curve
     for point, px, py in list(zip(sweep.points, x, y, strict=True))[1:]:
@@ -82,17 +92,8 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
             fontsize=8.5,
             color="#333a44",
         )
-    axes.annotate(
-        "α →" if x[-1] > x[0] else "← α",
-        (x[len(x) // 2], y[len(y) // 2]),
-        xytext=(-34, 8 * side),
-        textcoords="offset points",
-        fontsize=10,
-        color=_BLUE,
-    )
     axes.grid(color="#e6e8eb", lw=0.8)
     axes.set_axisbelow(True)
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
     axes.margins(x=0.08, y=0.1)
-    axes.legend(frameon=False, fontsize=9, loc="best")

@@ -102,7 +102,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     data, model, artifact = (folder / name for name in ("visits.csv", "model", "artifact"))
     write_visits(simulate(240, 80, seed=3, min_length=8, max_length=30), folder)
-    options = (*SMALL_MODEL, "--epochs", "25", "--learning-rate", "0.005", "--k-core", "3")
+    options = (*SMALL_MODEL, "--epochs", "10", "--learning-rate", "0.005", "--k-core", "3")
     trained = steerrec("train", data, "-o", model, *COLUMNS, *options, "--json")
     assert trained.code == 0, trained.err
     attached = steerrec("attach", model, "--data", data, "-o", artifact, *SMALL_SAE, "--json")

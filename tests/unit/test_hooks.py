@@ -377,14 +377,15 @@ def test_observing_sasrec_leaves_its_scores_bit_for_bit():
     assert hooked(rec.model) == []
 
 
-def test_what_was_captured_stays_when_the_model_writes_to_its_tensors_later():
-    model = Reader()
-    with capture(model, EVERYWHERE) as captured:
+@pytest.mark.parametrize("layout", ["BLH", "BH"])
+def test_what_was_captured_stays_when_the_model_writes_to_its_tensors_later(layout):
+    model = Reader((lambda x: x) if layout == "BLH" else (lambda x: x.sum(dim=1)))
+    site = replace(USER, layout=layout)
+    with capture(model, site) as captured:
         output = model(IDS)
-    before = captured[EVERYWHERE].clone()
+    assert not captured[site].requires_grad
     output.data.zero_()
-    assert torch.equal(captured[EVERYWHERE], before)
-    assert not captured[EVERYWHERE].requires_grad
+    assert captured[site].all()
 
 
 def test_returning_none_leaves_the_very_same_object():
@@ -585,6 +586,17 @@ def test_no_hooks_are_left_by_a_constructor_that_fails(bad):
         pass
     with pytest.raises(SiteError):
         edit(model, bad, lambda rows: rows)
+    assert hooked(model) == []
+
+
+def test_no_hooks_are_left_when_registering_the_second_is_interrupted(monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    model = Reader()
+    monkeypatch.setattr(model.body, "register_forward_hook", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        edit(model, USER, lambda rows: rows)
     assert hooked(model) == []
 
 

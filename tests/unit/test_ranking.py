@@ -34,7 +34,8 @@ def test_hand_worked_lists():
     vectors, head = score_rows([0.1, 0.4, 0.3, 0.2], [5.0, 6.0, 8.0, 7.0])
     top = top_k(vectors, head, 3)
     assert top.ids.tolist() == [[1, 2, 3], [2, 3, 1]]
-    assert top.ids.dtype == torch.int64 and top.scores.dtype == torch.float32
+    assert top.ids.dtype == torch.int64
+    assert top.scores.dtype == torch.float32
     assert torch.equal(top.scores, torch.tensor([[0.4, 0.3, 0.2], [8.0, 7.0, 6.0]]))
 
 
@@ -104,7 +105,8 @@ def test_agrees_with_a_naive_sort_however_it_is_chunked(ranking, user_chunk, ite
     top = top_k(vectors, head, k, seen=histories, user_chunk=user_chunk, item_chunk=item_chunk)
     ids, values = naive_top_k(scores, k, seen)
     assert top.ids.tolist() == ids
-    assert top.scores.tolist() == values and top.scores.dtype == torch.float32
+    assert top.scores.tolist() == values
+    assert top.scores.dtype == torch.float32
     assert torch.equal(vectors, before)
 
 

@@ -124,9 +124,13 @@ def test_the_forward_pass_stops_at_the_site_and_nothing_is_scored():
     assert rec.scored == 1
 
 
-def test_user_vectors_carry_no_gradient_and_leave_no_hook(rec):
+def test_user_vectors_keep_no_graph_and_leave_no_hook(rec):
     rec.model.requires_grad_(True)
+    states = []
+    handle = rec.model.layers[1].register_forward_hook(lambda _, __, x: states.append(x))
     assert not user_vectors(rec, HISTORIES).requires_grad
+    handle.remove()
+    assert not states[0].requires_grad
     assert hooked(rec.model) == []
 
 
@@ -177,12 +181,12 @@ def test_a_fingerprint_is_json_and_says_what_it_is_of():
 
 
 def test_a_fingerprint_tells_dtypes_apart():
-    rec, zeros = tiny_sasrec(), tiny_sasrec()
-    for model in (rec.model, zeros.model):
-        for parameter in model.parameters():
+    """Zeros in two dtypes of one size: the same bytes."""
+    one, other = tiny_sasrec(), tiny_sasrec()
+    for rec, dtype in ((one, torch.float16), (other, torch.bfloat16)):
+        for parameter in rec.model.to(dtype).parameters():
             nn.init.zeros_(parameter)
-    zeros.model.to(torch.bfloat16)
-    changed = differing(fingerprint(rec, rec.site), fingerprint(zeros, zeros.site))
+    changed = differing(fingerprint(one, one.site), fingerprint(other, other.site))
     assert changed == {"item_matrix_sha256", "model_sha256", "site_sha256"}
 
 
