@@ -48,10 +48,7 @@ def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Re
     if match := _FUNCTION.fullmatch(text):
         return _from_function(match["module"], match["function"])
     if _HUB_ID.fullmatch(text) and not path.exists():
-        try:
-            return _adapter("sasrec")(text, device=device, **hub)
-        except ModelError as error:
-            raise ModelError(f"{text!r} is no folder here; as a Hub id: {error}") from error
+        return _adapter("sasrec")(text, device=device, **hub)
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "

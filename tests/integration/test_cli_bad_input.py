@@ -158,7 +158,7 @@ def test_no_model(refuse, here, command, model):
 
 def test_a_path_that_could_be_a_hub_id(refuse, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "'runs/modle' is no folder here; as a Hub id:" in refuse("layers", "runs/modle")
+    assert "runs/modle is no folder here, and cannot be had" in refuse("layers", "runs/modle")
 
 
 def test_a_damaged_model(refuse, world):

@@ -269,8 +269,10 @@ def test_a_saved_folder_holds_no_pickle(folder):
 def test_a_bf16_model_stays_one(tmp_path):
     rec = tiny_sasrec()
     rec.model.to(torch.bfloat16)
+    plain = rec.model.score(IDS)
     save(rec, tmp_path)
-    assert torch.equal(load(tmp_path).model.score(IDS), rec.model.score(IDS))
+    assert torch.equal(load(tmp_path).model.score(IDS), plain)
+    assert plain.dtype == torch.bfloat16
 
 
 def test_a_folder_without_items_is_refused(folder):

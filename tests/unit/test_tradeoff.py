@@ -127,8 +127,8 @@ def made(*valid):
     [
         (0.0, 1.0),  # costs nothing, and Gini is lower than without
         (0.04, 1.0),
-        (0.05, 2.0),  # exactly the budget is within it
-        (0.10, 4.0),  # not 3: its Gini is no better; 5 costs too much
+        (0.06, 2.0),
+        (0.12, 4.0),  # 3 costs less, but its Gini is higher; 5 costs too much
         (0.50, 5.0),
     ],
 )
