@@ -135,7 +135,7 @@ class SASRecOutput(ModelOutput):
 
 
 class SASRecModel(PreTrainedModel):
-    """SASRec with tied item embeddings.
+    """SASRec; items are scored by their input embeddings unless `tie_word_embeddings` is False.
 
     The user vector is the output of `final_norm` at the last real position (an identity in
     post-norm models, so that the site has one name); `score` multiplies it with the item matrix.
@@ -161,11 +161,18 @@ class SASRecModel(PreTrainedModel):
             if config.norm_first
             else nn.Identity()
         )
+        self.output_embedding = (
+            None
+            if config.tie_word_embeddings
+            else nn.Embedding(config.num_items, config.hidden_size)
+        )
         self.post_init()
 
     @property
     def item_matrix(self) -> Tensor:
-        """Item embeddings without the padding row, [N, H]."""
+        """What the user vector is multiplied with, without a padding row: [N, H]."""
+        if self.output_embedding is not None:
+            return self.output_embedding.weight
         return self.item_embedding.weight[1:]
 
     def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> SASRecOutput:
@@ -224,7 +231,7 @@ class SASRecRecommender:
 
     @property
     def item_head(self) -> ItemHead:
-        """Dot product with the tied item embeddings."""
+        """Dot product with the item matrix."""
         return ItemHead(self.model.item_matrix)
 
     def make_batch(self, histories: Histories) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,6 +128,44 @@ def softmax_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int 
     return loss
 
 
+class _SampledLoss(torch.autograd.Function):
+    """Mean (g)BCE over positives and sampled negatives; one chunk of embeddings at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        negatives: Tensor,
+        beta: float,
+        chunk: int,
+    ) -> Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        total = hidden.new_zeros(())
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            h, rows = hidden[part], torch.cat([targets[part, None], negatives[part]], dim=1)
+            items = F.embedding(rows, weight)  # [chunk, 1 + n, H], the positive first
+            scores = torch.bmm(items, h[:, :, None]).squeeze(2)
+            total -= beta * F.logsigmoid(scores[:, 0]).sum() + F.logsigmoid(-scores[:, 1:]).sum()
+            residual = scores.sigmoid_()
+            residual[:, 0] = beta * (residual[:, 0] - 1)
+            grad_hidden[part] = torch.bmm(residual[:, None, :], items).squeeze(1)
+            items = torch.mul(residual[:, :, None], h[:, None, :], out=items)
+            grad_weight.index_add_(0, rows.flatten(), items.flatten(0, 1))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.logits = max(len(hidden), 1) * (1 + negatives.shape[1])
+        return total.div_(ctx.logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grads[0] / ctx.logits
+        return grad_hidden * factor, grad_weight * factor, None, None, None, None
+
+
 def sampled_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -134,6 +173,7 @@ def sampled_loss(
     negatives: Tensor,
     *,
     t: float = 0.0,
+    chunk: int = 512,
 ) -> Tensor:
     """Mean gBCE of P positions (gSASRec, Petrov & Macdonald 2023); ``t = 0`` is plain BCE.
 
@@ -152,13 +192,13 @@ def sampled_loss(
     t
         Calibration: the positive's log-likelihood is multiplied by ``a (t (1 - 1/a) + 1/a)`` with
         the sampling rate ``a = n / (N - 1)``.
+    chunk
+        Positions whose negatives' embeddings exist at the same time.
     """
     rate = negatives.shape[1] / max(len(weight) - 1, 1)
     beta = rate * (t * (1 - 1 / rate) + 1 / rate)
-    positive = (hidden * weight[targets]).sum(dim=-1)
-    negative = torch.einsum("ph,pnh->pn", hidden, weight[negatives])
-    likelihood = beta * F.logsigmoid(positive) + F.logsigmoid(-negative).sum(dim=-1)
-    return -likelihood.mean() / (negatives.shape[1] + 1)
+    loss: Tensor = _SampledLoss.apply(hidden, weight, targets, negatives, beta, chunk)
+    return loss
 
 
 def training_windows(train: Histories, max_length: int) -> Histories:
@@ -242,13 +282,17 @@ class _Run:
         self.split, self.catalogue = split, catalogue
         self.config, self.training, self.device = config, training, device
         self.windows = training_windows(split.train, config.max_position_embeddings)
+        if len(catalogue) < 10:
+            raise TrainingError(
+                f"the catalogue has {len(catalogue)} items; expected at least 10, since nDCG@10 "
+                "decides when to stop"
+            )
         if not len(self.windows):
             raise TrainingError("nothing to learn from: every training history has a single item")
         steps = -(-len(self.windows) // training.batch_size)
         self.epochs = training.epochs or max(30, -(-7000 // steps))
         self.validate_every = training.validate_every or max(1, self.epochs // 30)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
+        with _seeded(training.seed, torch.device("cpu")):
             self.model = SASRecModel(config)
         self.model.to(device)  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(
@@ -288,9 +332,7 @@ class _Run:
         batches = list(self.batches())
         losses = torch.zeros((), device=self.device)
         positions = 0
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.training.seed * 100_003 + self.epoch)
+        with _seeded(self.training.seed * 100_003 + self.epoch, self.device):
             self.model.train()
             bar = track(batches, f"epoch {self.epoch + 1}", unit="batch")
             for step, rows in enumerate(bar):
@@ -385,6 +427,18 @@ class _Run:
             "log": self.log,
         }
         return SASRecRecommender(self.model, self.catalogue), summary
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and of a CUDA device; the caller's streams go on untouched."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for used in devices:
+            with torch.cuda.device(used):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _plain(config: SASRecConfig, key: str) -> bool:

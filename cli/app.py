@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,6 +21,8 @@ from steerrec.cli.steer import steer
 from steerrec.cli.train import train
 from steerrec.errors import SteerrecError
 
+_RESUMED = ("train", "attach")
+
 
 class _Commands(TyperGroup):
     """Says what an interruption means before typer turns it into a bare exit status."""
@@ -30,7 +31,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("interrupted; run the same command again to go on where it stopped")
+            again = "to go on where it stopped" if ctx.invoked_subcommand in _RESUMED else "afresh"
+            _say(f"interrupted; run the same command again {again}")
             raise SystemExit(130) from None
 
 
@@ -70,7 +72,6 @@ def options(
 def run() -> NoReturn:
     """Run the command line; errors become one line on stderr and the exit status."""
     warnings.showwarning = _show_warning
-    sys.path.append(str(Path.cwd()))  # last: pkg.module:function may name a module that lies here
     try:
         app()
     except BrokenPipeError:

@@ -22,7 +22,7 @@ def attach(
     layer: opt.Layer = None,
     latents: Annotated[int, typer.Option("--latents", min=1, help="Latents of the SAE.")] = 4096,
     k: Annotated[int, typer.Option("--k", min=1, help="Latents active at once.")] = 32,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 15,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 20,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a step.")] = 2048,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=1e-9, help="Peak learning rate.")
@@ -55,7 +55,7 @@ def attach(
     from steerrec.sites import get_module
     from steerrec.training import SAETraining, fit_autoencoder
 
-    opt.refuse_existing(output, force, folder=True)
+    opt.refuse_existing(output, force, kind="ARTIFACT folder")
     started = time.perf_counter()
     rec = load_recommender(model, device=device)
     site = replace(rec.site, path=layer) if layer else rec.site

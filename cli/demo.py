@@ -16,7 +16,7 @@ from steerrec.cli.steer import steer
 from steerrec.cli.train import train
 
 EPOCHS = 20
-FINISHED = "demo.json"
+MARKER = "demo.json"
 
 
 def demo(
@@ -25,16 +25,17 @@ def demo(
     items: Annotated[int, typer.Option("--items", min=50, help="Simulated items.")] = 1000,
     latents: Annotated[int, typer.Option("--latents", min=8, help="Latents of the SAE.")] = 1024,
     seed: opt.Seed = 0,
-    force: opt.Force = False,
 ) -> None:
     """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer.
 
-    Nothing is downloaded. Every step is one of the other commands, and is shown as such.
+    Nothing is downloaded. Every step is one of the other commands, and is shown as such. An
+    earlier demo in the same folder is replaced.
     """
     from steerrec.data import simulate, write_csv
     from steerrec.files import write_json
 
-    _make_way(output, force)
+    _make_way(output)
+    write_json(output / MARKER, {"users": users, "items": items, "latents": latents, "seed": seed})
     started = time.perf_counter()
     data, model, artifact = output / "data", output / "model", output / "artifact"
     _say(started, f"simulate {users:,} users and {items:,} items")
@@ -50,24 +51,19 @@ def demo(
         f"steerrec steer {artifact} --model {model} --data {data} --sweep -o {output}/sweep",
     )
     steer(artifact, data, str(model), sweep=True, output=output / "sweep")
-    write_json(
-        output / FINISHED, {"users": users, "items": items, "latents": latents, "seed": seed}
-    )
     _say(started, f"done: look at {output / 'sweep' / 'sweep.png'}")
 
 
-def _make_way(output: Path, force: bool) -> None:
-    """Refuse a folder with something in it, unless it is a demo that was interrupted."""
+def _make_way(output: Path) -> None:
+    """Empty the folder of an earlier demo, known by its marker; refuse any other that is there."""
     from steerrec.errors import StorageError
 
-    if not output.exists():
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    unfinished = not (output / FINISHED).exists()
-    ours = {"data", "model", "model.partial", "artifact", "artifact.partial", "sweep", FINISHED}
-    foreign = {path.name for path in output.iterdir()} - ours if output.is_dir() else {output.name}
-    if foreign or not (unfinished or force):
-        raise StorageError(f"{output} exists; choose another folder with -o, or add --force")
-    shutil.rmtree(output)
+    if not (output / MARKER).is_file():
+        raise StorageError(f"{output} exists and is no earlier demo; choose another folder with -o")
+    for name in ("data", "model", "model.partial", "artifact", "artifact.partial", "sweep"):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _say(started: float, text: str) -> None:

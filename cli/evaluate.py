@@ -37,6 +37,7 @@ def evaluate(
     from steerrec.loading import load_recommender, model_record
 
     rec = load_recommender(model, device=device)
+    opt.check_k(k, rec)
     interactions = opt.read_data(
         data,
         model_record(model).get("data"),

@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from steerrec.data import Interactions, Split
     from steerrec.evaluation import Evaluation
     from steerrec.recommender import Recommender
+
+Kind = Literal["file", "MODEL folder", "ARTIFACT folder"]
 
 DATA_HELP = (
     "Interactions: RecBole .inter, MovieLens ratings.dat, CSV/TSV/Parquet with a header, "
@@ -83,15 +85,16 @@ def _usable(device: str) -> str:
     return device
 
 
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, …", callback=_usable)
-]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", callback=_usable)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Layer = Annotated[
     str | None,
     typer.Option("--layer", help="Module path of the site; see `steerrec layers`."),
 ]
+
+
+_TABLES = (".csv", ".tsv", ".parquet", ".pq", ".inter")
 
 
 def read_data(
@@ -117,6 +120,9 @@ def read_data(
     columns = {key: value or recorded.get(key) for key, value in given.items()}
     core = recorded.get("k_core") if k_core is None else k_core
     first_only = recorded.get("dedup") if dedup is None else dedup
+    headless = recorded.get("format") in ("pairs", "sequences")
+    if format is None and headless and data.is_file() and data.suffix.lower() not in _TABLES:
+        format = recorded["format"]  # the two that a file does not tell apart for certain
 
     def read(columns: dict[str, str | None]) -> Interactions:
         return read_interactions(
@@ -170,22 +176,38 @@ def open_artifact(
     return artifact, rec
 
 
-def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
-    """Raise unless nothing is at `path`, or it may be replaced.
-
-    A file is replaced only by a file, a folder only if it is empty or steerrec wrote it.
-    """
+def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:
+    """Raise unless nothing is at `path`, or it may be replaced: only by what is of its kind."""
     from steerrec.errors import StorageError
 
     if not path.exists():
         return
     if not force:
         raise StorageError(f"{path} exists; choose another name, or replace it with --force")
-    empty = folder and path.is_dir() and not any(path.iterdir())
-    if not empty and not (path / "steerrec.json" if folder else path).is_file():
-        kind = "a MODEL or ARTIFACT folder" if folder else "a file"
+    if kind != "file" and path.is_dir() and not any(path.iterdir()):
+        return
+    if _kind(path) != kind:
         raise StorageError(
-            f"{path} is not {kind}: --force does not replace it; choose another name"
+            f"{path} is not a {kind}: --force does not replace it; choose another name"
+        )
+
+
+def _kind(path: Path) -> Kind | None:
+    if path.is_file():
+        return "file"
+    if not (path / "steerrec.json").is_file():
+        return None
+    return "MODEL folder" if (path / "items.parquet").is_file() else "ARTIFACT folder"
+
+
+def check_k(k: int, rec: Recommender) -> None:
+    """Refuse lists longer than the catalogue before anything is computed."""
+    from steerrec.errors import DataError
+
+    if k > len(rec.catalogue):
+        raise DataError(
+            f"k is {k} but the catalogue has {len(rec.catalogue)} items; choose k between 1 and "
+            f"{len(rec.catalogue)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,10 @@ def steer(
     artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
     data: opt.DataOption,
     model: opt.ModelOption = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Strength; 0 changes nothing.")] = 1.0,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Strength; 0 changes nothing. 1, or the recipe's own."),
+    ] = None,
     neurons: Annotated[
         int | None, typer.Option("--neurons", min=1, help="Only the strongest N; all by default.")
     ] = None,
@@ -54,6 +58,12 @@ def steer(
         bool,
         typer.Option("--popsteer-compat", help="Do what the paper's published code does."),
     ] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Steer by a recipe saved in ARTIFACT.")
+    ] = None,
+    save: Annotated[
+        str | None, typer.Option("--save", help="Save what is steered by as a recipe in ARTIFACT.")
+    ] = None,
     k: opt.K = 10,
     split: Annotated[
         SplitName,
@@ -87,21 +97,39 @@ def steer(
     json_output: opt.Json = False,
 ) -> None:
     """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
+    from steerrec.artifacts import save_steering
     from steerrec.data import build_histories
-    from steerrec.evaluation import Which, capture_held_out, capture_users, measure
+    from steerrec.evaluation import (
+        Which,
+        capture_held_out,
+        capture_users,
+        measure_lists,
+        rank,
+        rank_steered,
+    )
     from steerrec.steering import Steering
-    from steerrec.steering import attach as attach_sae
 
     _check(output, sweep, alphas, force, splice, popsteer_compat)
+    if sweep and (alpha is not None or split is not SplitName.none):
+        raise typer.BadParameter("--sweep measures its own strengths on both held-out parts")
+    if sweep and save:
+        raise typer.BadParameter("--save goes with one strength, not with --sweep")
+    if recipe and (neurons or splice or popsteer_compat):
+        raise typer.BadParameter("--recipe says itself which neurons to turn, and how")
     opened, rec = opt.open_artifact(artifact, model, device)
+    opt.check_k(k, rec)
     here = opened.at(layer)
-    steering = Steering.popsteer(
-        here.table(contrast),
-        alpha=alpha,
-        neurons=neurons,
-        splice=None if splice is None else splice.value,
-        popsteer_compat=popsteer_compat,
-    )
+    if recipe:
+        steering = here.recipe(recipe)
+    else:
+        steering = Steering.popsteer(
+            here.table(contrast),
+            neurons=neurons,
+            splice=None if splice is None else splice.value,
+            popsteer_compat=popsteer_compat,
+        )
+    if alpha is not None:
+        steering = steering.with_alpha(alpha)
     interactions = opt.read_data(
         data,
         opened.data,
@@ -136,17 +164,24 @@ def steer(
         which: Which = "valid" if split is SplitName.valid else "test"
         capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)
     users = capture()
-    base = measure(rec, users, k=k, mask_seen=mask_seen)
-    with attach_sae(rec, sae, site=here.site, steering=steering):
-        steered = measure(rec, capture(), k=k, mask_seen=mask_seen)
-    results = {"unsteered": base, "steered": steered}
+    base = rank(rec, users, k=k, mask_seen=mask_seen)
+    lists = rank_steered(
+        rec, sae, steering, users, capture, site=here.site, k=k, mask_seen=mask_seen
+    )
+    results = {
+        "unsteered": measure_lists(rec, users, base, mask_seen=mask_seen),
+        "steered": measure_lists(rec, users, lists, mask_seen=mask_seen),
+    }
+    if save:
+        named = replace(steering, name=save)
+        opt.note(f"{save_steering(artifact, here.site, named)} written")
     if output is not None:
-        write_recommendations(output, rec, users.histories, steered.lists)
+        write_recommendations(output, rec, users.histories, lists)
         opt.note(f"{output} written")
     if json_output:
         found = {name: result.to_dict() for name, result in results.items()}
         file = None if output is None else str(output)
-        opt.print_json({"alpha": alpha, "recommendations": file, **found})
+        opt.print_json({"alpha": steering.alpha, "recommendations": file, **found})
     else:
         opt.print_evaluations(results)
 

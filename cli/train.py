@@ -80,7 +80,7 @@ def train(
     from steerrec.evaluation import capture_held_out, measure
     from steerrec.files import atomic_folder, write_json
 
-    opt.refuse_existing(output, force, folder=True)
+    opt.refuse_existing(output, force, kind="MODEL folder")
     started = time.perf_counter()
     interactions = opt.read_data(
         data,

@@ -169,7 +169,7 @@ class ActivationShards:
             out[torch.from_numpy(here)] = self._shards[owner][torch.from_numpy(rows[here] - first)]
         return out
 
-    def chunks(self, size: int = 8192) -> list[NDArray[np.int64]]:
+    def chunks(self, size: int = 2048) -> list[NDArray[np.int64]]:
         """Row numbers of all rows in order, in chunks."""
         return [np.arange(i, min(i + size, len(self))) for i in range(0, len(self), size)]
 
@@ -227,7 +227,6 @@ def capture_activations(
     if (folder / MANIFEST).is_file():
         return
     parts: dict[str, list[int]] = {}
-    width = 0
     for part, users, lengths in _parts(train, sampling):
         # in order of length, so that a batch has little padding; training shuffles all rows
         order = np.argsort(np.minimum(lengths, rec.max_length), kind="stable")

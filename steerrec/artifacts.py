@@ -21,7 +21,7 @@ from torch import Tensor
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
-from steerrec.files import atomic_file, atomic_folder
+from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
@@ -76,6 +76,22 @@ class SiteArtifact:
             )
         return self.tables[contrast]
 
+    def recipe(self, name: str) -> Steering:
+        """The steering recipe of this name.
+
+        Raises
+        ------
+        ArtifactError
+            If there is none; the message lists those that there are.
+        """
+        if name not in self.steerings:
+            there = ", ".join(self.steerings) or "none yet"
+            raise ArtifactError(
+                f"no steering recipe {name!r} (there: {there}); save one with "
+                "`steerrec steer --save NAME`"
+            )
+        return self.steerings[name]
+
 
 @dataclass
 class Artifact:
@@ -123,16 +139,19 @@ class Artifact:
 
     def transform(
         self,
-        steering: Steering | None = None,
+        steering: Steering | str | None = None,
         *,
         contrast: str = "popularity",
         site: str | None = None,
     ) -> SteerTransform:
         """Steering as a pure module: user vectors [B, H] to [B, H], without hook or host model.
 
-        With no recipe given it is the PopSteer rule on the table of `contrast`.
+        `steering` is a recipe, or the name of one saved in the artifact; with none given it is
+        the PopSteer rule on the table of `contrast`.
         """
         here = self.at(site)
+        if isinstance(steering, str):
+            steering = here.recipe(steering)
         return SteerTransform(here.sae, steering or Steering.popsteer(here.table(contrast)))
 
     def check(self, rec: Recommender, *, strict: bool = True) -> None:
@@ -161,7 +180,7 @@ class Artifact:
     def save(self, path: str | Path) -> None:
         """Write the whole artifact; an existing one at `path` is replaced, never mixed with."""
         with atomic_folder(path) as folder:
-            _write_json(folder / RECORD, self._record())
+            write_json(folder / RECORD, self._record())
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
             for name, here in self.sites.items():
                 _write_site(folder / name, here, self.base_model)
@@ -229,6 +248,7 @@ def load_artifact(
         If a file is missing or damaged, or the artifact belongs to another model.
     """
     folder = Path(path)
+    recover_folder(folder)
     record = _read_json(folder / RECORD)
     found = record.get("format_version")
     if "format_version" not in record:
@@ -287,7 +307,7 @@ def _part(folder: Path, kind: str, name: str) -> Path:
 
 def _write_site(folder: Path, here: SiteArtifact, base_model: Mapping[str, Any]) -> None:
     metadata = {"model_name": base_model.get("source"), "hook_name": here.site.path}
-    _write_json(folder / CONFIG, {**here.sae.config(), "metadata": metadata})
+    write_json(folder / CONFIG, {**here.sae.config(), "metadata": metadata})
     weights = here.sae.state_dict()
     save_file({k: v.float().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
     for table in here.tables.values():
@@ -434,11 +454,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{file} is not a JSON object")
     return value
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

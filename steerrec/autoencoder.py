@@ -65,7 +65,7 @@ class SparseAutoencoder(nn.Module):
     k
         How many latents are active at once.
     generator
-        Seeds the initial decoder directions.
+        Seeds the initial decoder directions; a fixed seed by default.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class SparseAutoencoder(nn.Module):
         if not 0 < k <= d_sae:
             raise ValueError(f"k is {k}; expected between 1 and the number of latents, {d_sae}")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        # a generator of its own: opening an artifact must not move the caller's random stream
+        generator = generator or torch.Generator().manual_seed(0)
         directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(directions)
         self.W_enc = nn.Parameter(directions.T.clone(memory_format=torch.contiguous_format))

@@ -19,9 +19,9 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories, Split
 from steerrec.metrics import RankingMetrics
 from steerrec.ranking import TopK, top_k
-from steerrec.recommender import ItemHead, Recommender
+from steerrec.recommender import Recommender
 from steerrec.sites import Site
-from steerrec.steering import Steering, attach
+from steerrec.steering import Steering, SteerTransform, attach
 
 Which = Literal["valid", "test"]
 
@@ -37,15 +37,12 @@ class Evaluation:
         share of targets that are in their own history and so cannot be recommended.
     metrics
         `ndcg@10`, `hr@10`, `ltc@10`, `gini@10`, …
-    lists
-        What was recommended: catalogue rows and scores, [U, k].
     user_ndcg
         nDCG of each user, [U]; empty without targets.
     """
 
     protocol: dict[str, Any]
     metrics: dict[str, float]
-    lists: TopK = field(repr=False, compare=False)
     user_ndcg: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +91,42 @@ def capture_held_out(
     return CapturedUsers(vectors, histories, torch.from_numpy(targets), which)
 
 
+def rank(
+    rec: Recommender,
+    users: CapturedUsers,
+    *,
+    k: int = 10,
+    mask_seen: bool = False,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> TopK:
+    """Lists for captured users, on the CPU; see `measure` for the options."""
+    seen = users.histories if mask_seen else None
+    vectors = users.vectors if transform is None else steered(users.vectors, transform)
+    lists = top_k(vectors, rec.item_head, k, seen=seen)
+    return TopK(lists.ids.cpu(), lists.scores.cpu())
+
+
+def measure_lists(
+    rec: Recommender, users: CapturedUsers, lists: TopK, *, mask_seen: bool
+) -> Evaluation:
+    """Metrics of lists that `rank` made for these users."""
+    count, k = lists.ids.shape
+    catalogue = rec.catalogue
+    counts, labels = catalogue.counts.copy(), catalogue.groups.labels.copy()
+    scores = RankingMetrics(torch.from_numpy(counts), torch.from_numpy(labels), k)
+    scores.update(lists.ids, users.targets)
+    protocol: dict[str, Any] = {
+        "split": users.split,
+        "mask_seen": mask_seen,
+        "k": k,
+        "users": count,
+        "items": len(catalogue),
+    }
+    if mask_seen and users.targets is not None:
+        protocol["unreachable"] = _repeated(users.histories, users.targets)
+    return Evaluation(protocol, scores.compute(), scores.user_ndcg)
+
+
 def measure(
     rec: Recommender,
     users: CapturedUsers,
@@ -117,21 +150,30 @@ def measure(
     transform
         Applied to the user vectors [B, H] before scoring; a `SteerTransform`, say.
     """
-    seen = users.histories if mask_seen else None
-    vectors = users.vectors if transform is None else steered(users.vectors, transform)
-    lists = top_k(vectors, _cpu(rec.item_head), k, seen=seen)
-    scores = _metrics(rec, k)
-    scores.update(lists.ids, users.targets)
-    protocol: dict[str, Any] = {
-        "split": users.split,
-        "mask_seen": mask_seen,
-        "k": k,
-        "users": len(vectors),
-        "items": len(rec.catalogue),
-    }
-    if mask_seen and users.targets is not None:
-        protocol["unreachable"] = _repeated(users.histories, users.targets)
-    return Evaluation(protocol, scores.compute(), lists, scores.user_ndcg)
+    lists = rank(rec, users, k=k, mask_seen=mask_seen, transform=transform)
+    return measure_lists(rec, users, lists, mask_seen=mask_seen)
+
+
+def rank_steered(
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    steering: Steering,
+    users: CapturedUsers,
+    capture: Callable[[], CapturedUsers],
+    *,
+    site: Site | None = None,
+    k: int = 10,
+    mask_seen: bool = False,
+) -> TopK:
+    """Steered lists, by the cheaper of two ways that give the same.
+
+    Where the SAE sits on the scored vector, the vectors in `users` are steered; anywhere else the
+    model has to run again, by `capture`, with the SAE attached.
+    """
+    if site is None or site == rec.site:
+        return rank(rec, users, k=k, mask_seen=mask_seen, transform=SteerTransform(sae, steering))
+    with attach(rec, sae, site=site, steering=steering):
+        return rank(rec, capture(), k=k, mask_seen=mask_seen)
 
 
 def evaluate(
@@ -167,7 +209,7 @@ def recommend(
     options; an attachment that is live on ``rec.model`` takes part.
     """
     users = capture_users(rec, histories)
-    return measure(rec, users, k=k, mask_seen=mask_seen, transform=transform).lists
+    return rank(rec, users, k=k, mask_seen=mask_seen, transform=transform)
 
 
 def reconstruction_cost(
@@ -196,19 +238,8 @@ def steered(vectors: Tensor, transform: Callable[[Tensor], Tensor], *, chunk: in
     return torch.cat([transform(part) for part in vectors.split(chunk)])
 
 
-def _cpu(head: ItemHead) -> ItemHead:
-    bias = None if head.bias is None else head.bias.detach().cpu()
-    return ItemHead(head.weight.detach().cpu(), bias, head.scale, head.normalize)
-
-
 def _repeated(histories: Histories, targets: Tensor) -> float:
     """Share of users whose target is already in their history."""
     owner = np.repeat(np.arange(len(histories)), histories.lengths)
     hits = histories.items == targets.numpy()[owner]
     return float(np.bincount(owner[hits], minlength=len(histories)).astype(bool).mean())
-
-
-def _metrics(rec: Recommender, k: int) -> RankingMetrics:
-    catalogue = rec.catalogue
-    counts, labels = catalogue.counts.copy(), catalogue.groups.labels.copy()
-    return RankingMetrics(torch.from_numpy(counts), torch.from_numpy(labels), k)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,16 +37,17 @@ def storage_errors(path: Path) -> Iterator[None]:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error."""
     path = Path(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # made here, so that the kernel gives it the permissions that any new file has
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            _settle(temporary)
+            _settle(temporary, mode)
             temporary.replace(path)
+            _flush(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -54,25 +57,27 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends without an error.
 
-    An existing folder at `path` is replaced whole; a file there is an error.
+    An existing folder at `path` is replaced whole; a file there is an error. Should the machine
+    stop between the two renames that this takes, `recover_folder` puts the old one back.
     """
     path = Path(path).resolve()  # of a link, the folder behind it is replaced
-    with storage_errors(path):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    retired = temporary.with_name(temporary.name + ".old")
+    recover_folder(path)
+    temporary = _beside(path)
+    retired = temporary.with_name(temporary.name + _RETIRED)
     try:
         with storage_errors(path):
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            temporary.mkdir(parents=True)
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _settle(file)
-            temporary.chmod(0o777 & ~_umask())
+                    _settle(file, mode & 0o666)
             if path.exists():
                 path.replace(retired)
             temporary.replace(path)
+            _flush(path.parent)
     except BaseException:
         if retired.exists() and not path.exists():
             retired.replace(path)
@@ -82,17 +87,34 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def _settle(path: Path) -> None:
-    """Flush a file to disk and give it the usual permissions; temporary ones have narrower."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    path.chmod(0o666 & ~_umask())
+def recover_folder(path: str | Path) -> None:
+    """Put back the folder that an `atomic_folder`, cut off in the middle, had moved aside."""
+    path = Path(path).resolve()
+    if not path.exists():
+        for retired in path.parent.glob(f".{glob.escape(path.name)}.*{_RETIRED}"):
+            retired.replace(path)
+            return
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+_RETIRED = ".old"
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Flush a file to disk and give it the usual permissions; some libraries give narrower."""
+    _flush(path)
+    path.chmod(mode)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:

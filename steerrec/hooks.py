@@ -114,7 +114,7 @@ class SiteHook:
         self.firings += 1
         tensor = self._checked(_get(value, select, self.site))
         index = self._index(tensor)
-        rows = tensor if index is None else tensor[index]
+        rows = tensor.flatten(0, -2) if index is None else tensor[index]
         new_rows = self._function(rows)
         if new_rows is None:
             return None
@@ -124,7 +124,7 @@ class SiteHook:
                 f"same of its replacement, got {new_rows.dtype} {tuple(new_rows.shape)}"
             )
         if index is None:
-            new = new_rows
+            new = new_rows.view_as(tensor)
         else:
             new = tensor.clone()
             new[index] = new_rows
@@ -162,13 +162,11 @@ class SiteHook:
         return tensor
 
     def _index(self, tensor: Tensor) -> tuple[Tensor, Tensor] | tuple[Tensor] | None:
-        """What picks the site's rows out of [B, L, H]; None for every row of [B, H]."""
+        """What picks the site's rows out of [B, L, H]; None for every row there is."""
         site = self.site
-        if site.layout == "BH":
+        if site.layout == "BH" or site.positions == "all":
             return None
         batch, length = tensor.shape[:2]
-        if site.positions == "all":
-            return (torch.ones(batch, length, dtype=torch.bool, device=tensor.device),)
         users = torch.arange(batch, device=tensor.device)
         if site.positions_from == "last":
             return users, torch.full_like(users, length - 1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from steerrec.errors import ModelError
+from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
@@ -40,12 +42,17 @@ def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Re
     """
     text = str(spec)
     path = Path(spec)
+    recover_folder(path)
     if path.is_dir():
         return _adapter(_adapter_of_folder(path))(path, device=device)
     name, _, rest = text.partition(":")
     if rest and name in _adapter_targets():
         return _adapter(name)(rest, device=device, **hub)
     if match := _FUNCTION.fullmatch(text):
+        if device != "cpu" or any(value is not None for value in hub.values()):
+            raise ModelError(
+                f"{text} is a function: it chooses device and revision by itself; expected neither"
+            )
         return _from_function(match["module"], match["function"])
     if _HUB_ID.fullmatch(text) and not path.exists():
         return _adapter("sasrec")(text, device=device, **hub)
@@ -99,6 +106,9 @@ def _adapter_of_folder(path: Path) -> str:
 
 
 def _from_function(module: str, function: str) -> Recommender:
+    here = str(Path.cwd())
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.append(here)  # last: it can add modules, not hide any
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

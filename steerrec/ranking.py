@@ -1,6 +1,6 @@
 """The k best items of the whole catalogue for every user, in chunks, with seen items masked.
 
-Not here: what the lists are worth (`steerrec.metrics`), nor re-ranking them (`steerrec.rerank`).
+Not here: what the lists are worth (`steerrec.metrics`).
 """
 
 from __future__ import annotations
@@ -127,13 +127,18 @@ def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = columns.gather(1, order)
 
     # Which of the items that equal the k-th value topk picks is its own affair: pick again.
-    width = scores.shape[1]
     threshold = values[:, -1:]
+    undecided = (scores == threshold).sum(dim=1) > (values == threshold).sum(dim=1)
+    if not undecided.any():
+        return values, columns
+    rows = undecided.nonzero().squeeze(1)
+    scores, threshold, width = scores[rows], threshold[rows], scores.shape[1]
     lower_is_larger = torch.arange(width, 0, -1, dtype=torch.int32, device=scores.device)
     tied = torch.where(scores == threshold, lower_is_larger, 0).topk(k, dim=1).indices
-    above = (values > threshold).sum(dim=1, keepdim=True)
+    above = (values[rows] > threshold).sum(dim=1, keepdim=True)
     slots = torch.arange(k, device=scores.device) - above  # 0 in the first slot of a tied item
-    return values, torch.where(slots < 0, columns, tied.gather(1, slots.clamp(min=0)))
+    columns[rows] = torch.where(slots < 0, columns[rows], tied.gather(1, slots.clamp(min=0)))
+    return values, columns
 
 
 def _merge(

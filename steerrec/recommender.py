@@ -140,6 +140,11 @@ def user_vectors(rec: Recommender, histories: Histories, site: Site | None = Non
         [B, H], in the dtype of the model, on its device.
     """
     site = site or rec.site
+    if any(module.training for module in rec.model.modules()):
+        raise ModelError(
+            f"{type(rec.model).__name__} is in training mode: dropout would change user vectors "
+            "at every call; call model.eval() first"
+        )
     with capture(rec.model, site, stop=True) as captured:
         rec.score(rec.make_batch(histories))
     vectors = captured[site]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -145,9 +146,10 @@ class SteerTransform(nn.Module):
                 f"steering {steering.name!r} is for {len(steering.shift)} latents, the SAE has "
                 f"{sae.d_sae}; use the SAE that it was made with"
             )
-        self.sae = sae
+        # a copy: moving or casting the transform must not touch the caller's SAE
+        self.sae = copy.deepcopy(sae).requires_grad_(False)
         self.steering = steering
-        self.register_buffer("shift", steering.shift.to(sae.W_enc))
+        self.register_buffer("shift", steering.shift.to(sae.W_enc, copy=True))
 
     def forward(self, x: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """Steered user vectors.
@@ -229,7 +231,12 @@ class Attachment:
                 f"{self.sae.d_in}; attach it where it was trained"
             )
         self._observed = rows.detach().clone()
-        return None if self._transform is None else self._transform(rows)
+        if self._transform is None:
+            return None
+        if self._transform.shift.device != rows.device:
+            self._transform.to(rows.device)  # once, not to and fro at every forward
+        steered: Tensor = self._transform(rows)
+        return steered
 
     def __enter__(self) -> Self:
         return self

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Split
-from steerrec.evaluation import Evaluation, Which, capture_held_out, evaluate, measure
+from steerrec.evaluation import (
+    Evaluation,
+    Which,
+    capture_held_out,
+    measure_lists,
+    rank,
+    rank_steered,
+)
 from steerrec.progress import track
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
-from steerrec.steering import Steering, SteerTransform, attach
+from steerrec.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -104,23 +112,19 @@ def sweep(
         See `measure`.
     """
     strengths = (0.0, *(alpha for alpha in alphas if alpha != 0))
-    on_scored_vector = site is None or site == rec.site
     found: dict[Which, list[Evaluation]] = {"valid": [], "test": []}
     for which, results in found.items():
-        held_out = capture_held_out(rec, split, which) if on_scored_vector else None
+        capture = partial(capture_held_out, rec, split, which)
+        users = capture()
         for alpha in track(strengths, f"strengths on {which}", unit="alpha"):
-            recipe = steering.with_alpha(alpha)
             if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
-                base = held_out or capture_held_out(rec, split, which)
-                results.append(measure(rec, base, k=k, mask_seen=mask_seen))
-            elif held_out is not None:
-                transform = SteerTransform(sae, recipe)
-                results.append(
-                    measure(rec, held_out, k=k, mask_seen=mask_seen, transform=transform)
-                )
+                lists = rank(rec, users, k=k, mask_seen=mask_seen)
             else:
-                with attach(rec, sae, site=site, steering=recipe):
-                    results.append(evaluate(rec, split, which=which, k=k, mask_seen=mask_seen))
+                recipe = steering.with_alpha(alpha)
+                lists = rank_steered(
+                    rec, sae, recipe, users, capture, site=site, k=k, mask_seen=mask_seen
+                )
+            results.append(measure_lists(rec, users, lists, mask_seen=mask_seen))
     points = zip(strengths, found["valid"], found["test"], strict=True)
     return Sweep(
         tuple(SweepPoint(*point) for point in points),

@@ -57,7 +57,7 @@ class SAETraining:
 
     latents: int = 4096
     k: int = 32
-    epochs: int = 15
+    epochs: int = 20
     batch_size: int = 2048
     learning_rate: float = 3e-3
     aux_k: int = 64
@@ -141,7 +141,7 @@ def train_autoencoder(
         bar.set_postfix_str(f"FVU {run.log[-1]['fvu']:.4f}, dead {run.log[-1]['dead']}")
     bar.close()
     summary = {"training": asdict(training), "rows": len(shards), "log": run.log}
-    sae = run.sae.fold_normalisation(run.mean, run.scale).cpu()
+    sae = run.sae.cpu().fold_normalisation(run.mean, run.scale)
     return sae.requires_grad_(False), summary
 
 
@@ -235,7 +235,8 @@ class _Run:
 
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.training.epochs
-        factor = min(1.0, 5 * (1 - step / total), (step + 1) / 100)
+        warmup = min(100, max(1, total // 10))
+        factor = min(1.0, 5 * (1 - step / total), (step + 1) / warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * factor
 

@@ -76,7 +76,8 @@ class Histories:
     def select(self, users: ArrayLike) -> Histories:
         """The histories of these users (indices [P], in this order, repeats allowed)."""
         chosen = np.asarray(users, dtype=np.int64)
-        return self._slices(chosen, self.offsets[chosen], self.lengths[chosen])
+        starts = self.offsets[chosen]  # not through `lengths`, which would look at every user
+        return self._slices(chosen, starts, self.offsets[chosen + 1] - starts)
 
     def truncate(self, max_length: int) -> Histories:
         """The last `max_length` items of each history."""

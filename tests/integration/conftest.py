@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from steerrec.cli.app import run
 from steerrec.data import Interactions, simulate
@@ -85,11 +86,18 @@ class World:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_debugging() -> Iterator[None]:
-    """What the developer has set would change what is printed."""
+def plain_process() -> Iterator[None]:
+    """One thread, here and in child processes, and no tracebacks that a developer asked for.
+
+    Models this small are slower on several threads, and very slow where the cores are busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STEERREC_DEBUG", raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

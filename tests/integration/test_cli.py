@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -111,6 +112,29 @@ def test_data_with_other_columns_than_recorded_is_recognised_with_a_warning(cli,
     assert found.json["metrics"] == world.trained.json["training"]["test"][0]["metrics"]
     (warning,) = found.err.splitlines()
     assert "read as user 'user', item 'item', time 'time'" in warning
+
+
+def test_sequences_stay_sequences_and_a_table_is_still_a_table(cli, tmp_path):
+    """Two items a line look like pairs; the format that a model was trained on says otherwise."""
+    three = simulate(60, 20, seed=2, min_length=3, max_length=5)
+    items = pl.DataFrame({"user": three.user, "item": three.item})
+    lines = items.group_by("user", maintain_order=True).agg("item")["item"]
+    sequences = tmp_path / "sequences.txt"
+    sequences.write_text("".join(" ".join(map(str, line)) + "\n" for line in lines))
+    size = ("--hidden-size", "16", "--layers", "1", "--max-length", "10", "--epochs", "1")
+    model = tmp_path / "model"
+    assert cli("train", sequences, "-o", model, *size, "--format", "sequences").code == 0
+
+    evaluate = ("evaluate", model, "--json", "--data")
+    assert cli(*evaluate, sequences).json["protocol"]["users"] == 60
+    twos = tmp_path / "twos.txt"
+    twos.write_text("".join(f"{line[0]} {line[1]}\n" for line in lines))
+    assert "none of 60 users has 3 interactions" in cli(*evaluate, twos).err
+    table = items.with_columns(time=np.arange(len(items)))
+    table.write_csv(tmp_path / "table.csv")
+    found = cli(*evaluate, tmp_path / "table.csv")
+    assert found.json["protocol"]["users"] == 60
+    assert "read as user 'user', item 'item', time 'time'" in found.err
 
 
 # --- layers
@@ -319,6 +343,18 @@ def test_other_recipes_give_other_lists(cli, world, options):
     other = cli(*world.steer, *options, "--json").json
     assert other["unsteered"] == usual["unsteered"]
     assert other["steered"] != usual["steered"]
+
+
+def test_a_recipe_is_saved_and_steers_again(cli, world, tmp_path):
+    artifact = shutil.copytree(world.artifact, tmp_path / "artifact")
+    steer = ("steer", artifact, "--model", world.model, "--data", world.data, "--json")
+    saved = cli(*steer, "--alpha", "0.5", "--neurons", "9", "--save", "gentle").json
+    assert list(steerrec.load_artifact(artifact).at().steerings) == ["gentle"]
+    again = cli(*steer, "--recipe", "gentle").json
+    assert again == saved
+    assert again["alpha"] == 0.5
+    stronger = cli(*steer, "--recipe", "gentle", "--alpha", "2").json
+    assert stronger == cli(*steer, "--alpha", "2", "--neurons", "9").json
 
 
 def test_all_neurons_are_the_default(cli, world):

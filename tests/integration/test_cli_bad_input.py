@@ -235,7 +235,11 @@ def test_a_loss_that_is_not_finite(refuse, here):
         (["--alphas", "1,2"], "--alphas goes with --sweep"),
         (["--sweep", "--alphas", "1,two"], "--alphas is '1,two'; expected numbers such as 0.5,1,2"),
         (["--sweep", "--alphas", ""], "expected numbers such as 0.5,1,2"),
+        (["--sweep", "--alpha", "1"], "--sweep measures its own strengths"),
+        (["--sweep", "--split", "test"], "on both held-out parts"),
+        (["--sweep", "--save", "mine"], "--save goes with one strength"),
         (["--splice", "delta", "--popsteer-compat"], "--popsteer-compat"),
+        (["--recipe", "mine", "--neurons", "3"], "--recipe says itself which neurons to turn"),
         (["--alpha", "strong"], "Invalid value for '--alpha'"),
         (["--split", "train"], "Invalid value for '--split'"),
         (["-k", "0"], "Invalid value for '-k'"),
@@ -341,6 +345,16 @@ def test_a_contrast_that_does_not_exist(refuse, world):
     assert complaint in refuse(*world.steer, "--contrast", "price")
 
 
+def test_a_recipe_that_does_not_exist(refuse, world):
+    line = refuse(*world.steer, "--recipe", "mine")
+    assert "'mine'" in line
+
+
+def test_a_recipe_whose_name_cannot_be_a_file(refuse, world, artifact):
+    steer = ("steer", artifact, "--model", world.model, "--data", world.data)
+    assert "'../mine' cannot be a file name" in refuse(*steer, "--save", "../mine")
+
+
 # --- the output
 
 
@@ -368,6 +382,8 @@ def test_force_replaces_only_what_steerrec_wrote(refuse, here, world):
     given = ("--data", world.data, "--force")
     for command in (
         ("train", world.data, "-o", "thesis", "--force"),
+        ("train", world.data, "-o", world.artifact, "--force"),
+        ("attach", world.model, *given, "-o", world.model),
         ("attach", world.model, *given, "-o", "thesis"),
         ("attach", world.model, *given, "-o", "."),
         (*world.steer, "--force", "-o", "recs.csv"),
@@ -460,7 +476,7 @@ def test_exit_status_and_streams_of_a_process(here):
     """As a script sees them."""
     run = subprocess.run(
         [sys.executable, "-m", "steerrec.cli", "train", "nowhere.csv", "-o", "model"],
-        env={**os.environ, "PYTHONSAFEPATH": "1", "STEERREC_DEBUG": "0"},
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
     )

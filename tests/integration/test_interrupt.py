@@ -26,7 +26,7 @@ def interrupted(*arguments, once):
     """Start a command in a process of its own, and press Ctrl-C as soon as a file is there."""
     run = subprocess.Popen(
         [sys.executable, "-m", "steerrec.cli", *arguments],
-        env={**os.environ, "PYTHONSAFEPATH": "1", "STEERREC_DEBUG": "0"},
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,8 +13,8 @@ from steerrec.artifacts import Artifact, load_artifact, save_steering, save_tabl
 from steerrec.attribution import AttributionTable, score_neurons
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, StorageError
-from steerrec.hooks import Site
 from steerrec.profiles import popularity_contrast
+from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
 
 from .tiny import random_histories, random_recommender

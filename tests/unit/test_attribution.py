@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from steerrec import attribution
+from steerrec.activations import collect_user_vectors
 from steerrec.attribution import AttributionTable, score_neurons
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
-from steerrec.hooks import Site
 from steerrec.profiles import Contrast, popularity_contrast, synthetic_users
+from steerrec.sites import Site
 
 from .tiny import TinyRecommender, random_histories, random_recommender
 
@@ -87,9 +88,11 @@ def test_a_constant_with_rounding_noise_has_no_variance():
     """The mean of several 0.1 is not always 0.1."""
     vectors = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     vectors[:, 0] = 0.1
-    rec = TinyRecommender(vectors, vectors, list(range(20, 0, -1)))
+    rec = TinyRecommender(vectors, vectors, list(range(20, 0, -1)), max_length=50)
+    train = random_histories(longest=60)
+    assert len(collect_user_vectors(rec, train)[:, 0].unique()) > 1
     contrast = popularity_contrast(rec.catalogue)
-    table = score_neurons(rec, reading_sae(2), contrast, random_histories(), users=200)
+    table = score_neurons(rec, reading_sae(2), contrast, train, users=200)
     assert table["zero_variance"].tolist() == [1.0, 0.0]
     assert table["cohens_d"][0] == 0.0
     assert table["cohens_d"][1] != 0.0

@@ -15,10 +15,13 @@ from steerrec.evaluation import (
     capture_users,
     evaluate,
     measure,
+    rank,
+    rank_steered,
     recommend,
     reconstruction_cost,
     steered,
 )
+from steerrec.sites import Site
 from steerrec.steering import Steering, attach
 
 from .tiny import TinyRecommender, random_histories, random_recommender
@@ -158,6 +161,29 @@ def test_a_live_attachment_takes_part_until_it_is_removed(rec, split):
         assert through == evaluate(rec, split, k=2, transform=as_if_after(1))
         assert through != base
     assert evaluate(rec, split, k=2) == base
+
+
+@pytest.mark.parametrize(
+    ("site", "runs_again"),
+    [
+        (None, False),
+        (Site("mean", layout="BH"), False),  # the scored vector: what was captured is steered
+        (Site("item_embedding", positions_from="last"), True),  # equal to it in a window of one
+    ],
+)
+def test_steered_lists_are_equal_by_either_way(rec, split, site, runs_again):
+    sae = SparseAutoencoder(5, 5, 1).requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(5))
+    sae.W_dec.copy_(torch.eye(5))
+    to_item_1 = Steering(3 * torch.eye(5)[1])  # turned up beyond any other latent
+    users = capture_held_out(rec, split, "test")
+    rec.forwards = 0
+    lists = rank_steered(
+        rec, sae, to_item_1, users, lambda: capture_held_out(rec, split, "test"), site=site, k=2
+    )
+    assert lists.ids.tolist() == [[0, 4]] * 3  # all as if after 1
+    assert bool(rec.forwards) is runs_again
+    assert rank(rec, users, k=2).ids.tolist() == [[1, 2], [0, 4], [0, 3]]
 
 
 def test_k_larger_than_the_catalogue_is_refused(rec, split):

@@ -78,7 +78,7 @@ def test_a_revision_of_a_hub_id(cached, spec):
 
 @pytest.mark.parametrize("spec", ["acme/other", "sasrec:acme/other", "sasrec:/no/such/folder"])
 def test_what_is_not_on_the_hub(cached, spec):
-    assert "cannot be loaded as a SASRec model" in refusal(spec, **cached)
+    assert "is no folder here, and cannot be had from the Hub" in refusal(spec, **cached)
 
 
 def test_a_folder_goes_before_a_hub_id_of_the_same_name(rec, folder, monkeypatch):

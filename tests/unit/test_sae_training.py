@@ -170,6 +170,15 @@ def test_the_decoder_gradient_loses_its_radial_part_alone():
     torch.testing.assert_close(removed, (removed * rows).sum(dim=1, keepdim=True) * rows)
 
 
+def test_the_optimizer_sees_the_projected_gradient(tmp_path, shards):
+    run = module._Run(shards, TRAINING, tmp_path, torch.device("cpu"))
+    before = run.sae.W_dec.detach().clone()
+    run.step((shards.gather(np.arange(64)) - run.mean) / run.scale)
+    momentum = run.optimizer.state[run.sae.W_dec]["exp_avg"]
+    assert bool(momentum.any())
+    torch.testing.assert_close((momentum * before).sum(dim=1), torch.zeros(32))
+
+
 def test_decoder_rows_keep_unit_length_in_training_and_are_scaled_once_at_the_end(tmp_path, shards):
     run = module._Run(shards, TRAINING, tmp_path, torch.device("cpu"))
     before = run.sae.W_dec.detach().clone()

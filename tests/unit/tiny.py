@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from steerrec.data import Catalogue, Histories
-from steerrec.hooks import Site
 from steerrec.recommender import ItemHead
+from steerrec.sites import Site
 
 
 class Mean(nn.Module):
