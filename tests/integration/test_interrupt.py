@@ -22,6 +22,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def succeed(cli):
+    def succeed(*arguments):
+        found = cli(*arguments)
+        assert found.code == 0, found.err
+
+    return succeed
+
+
 def interrupted(*arguments, once):
     """Start a command in a process of its own, and press Ctrl-C as soon as a file is there."""
     run = subprocess.Popen(
@@ -58,7 +67,7 @@ def weights(folder):
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def test_training_goes_on_where_it_was_interrupted(cli, here, caplog):
+def test_training_goes_on_where_it_was_interrupted(cli, succeed, here, caplog):
     size = ("--hidden-size", "16", "--layers", "1", "--max-length", "20")
     train = ("train", "data", *size, "--epochs", "100", "--patience", "100", "-o")
     checkpoint = here / "model.partial" / "checkpoint.safetensors"
@@ -73,16 +82,16 @@ def test_training_goes_on_where_it_was_interrupted(cli, here, caplog):
     assert epochs_done(checkpoint) == done
 
     caplog.set_level(logging.INFO, "steerrec")
-    assert cli(*train, "model").code == 0
+    succeed(*train, "model")
     assert f"going on from {checkpoint}" in caplog.text
     assert not checkpoint.parent.exists()
-    assert cli(*train, "straight").code == 0
+    succeed(*train, "straight")
     assert weights(here / "model") == weights(here / "straight") != {}
 
 
-def test_an_sae_goes_on_where_it_was_interrupted(cli, here, caplog):
+def test_an_sae_goes_on_where_it_was_interrupted(succeed, here, caplog):
     size = ("--hidden-size", "16", "--layers", "1", "--max-length", "20", "--epochs", "1")
-    assert cli("train", "data", "-o", "model", *size).code == 0
+    succeed("train", "data", "-o", "model", *size)
     sae = ("--latents", "256", "--k", "8", "--batch-size", "64", "--epochs", "40")
     attach = ("attach", "model", "--data", "data", *sae, "-o")
     checkpoint = here / "artifact.partial" / "checkpoint.safetensors"
@@ -91,8 +100,8 @@ def test_an_sae_goes_on_where_it_was_interrupted(cli, here, caplog):
     assert 0 < epochs_done(checkpoint) < 40
 
     caplog.set_level(logging.INFO, "steerrec")
-    assert cli(*attach, "artifact").code == 0
+    succeed(*attach, "artifact")
     assert f"going on from {checkpoint}" in caplog.text
     assert not checkpoint.parent.exists()
-    assert cli(*attach, "straight").code == 0
+    succeed(*attach, "straight")
     assert weights(here / "artifact") == weights(here / "straight") != {}

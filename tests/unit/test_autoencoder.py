@@ -89,6 +89,12 @@ def test_the_encoder_starts_as_the_transposed_unit_decoder():
     assert not torch.equal(sae.W_dec, other.W_dec)
 
 
+def test_making_one_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    SparseAutoencoder(5, 12, 3).fold_normalisation(torch.zeros(5), 2.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("d_in", "d_sae"), [(5, 12), (1, 4), (4, 1)])
 def test_encoder_and_decoder_are_apart_in_memory_and_contiguous(d_in, d_sae):
     """As safetensors and a fused Adam resumed from disk want them."""

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from steerrec.errors import StorageError
-from steerrec.files import atomic_file, atomic_folder, write_json
+from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 
 
 class Interruption(Exception):
@@ -175,6 +177,51 @@ def test_the_old_folder_comes_back_when_the_exchange_fails(old, monkeypatch, mov
         (temporary / "new.txt").write_text("new")
     assert names(old.parent) == ["folder"]
     assert (old / "sub" / "old.txt").read_text() == "old"
+
+
+CUT_OFF = """
+import os, sys
+from pathlib import Path
+from steerrec.files import atomic_folder
+
+replace = Path.replace
+Path.replace = lambda path, target: (replace(path, target), os._exit(9))
+with atomic_folder(sys.argv[1]) as temporary:
+    (temporary / "half.txt").write_text("half")
+"""
+
+
+@pytest.fixture
+def cut_off(old):
+    """What is left where the process dies between the two moves: the old folder is aside."""
+    done = subprocess.run([sys.executable, "-P", "-c", CUT_OFF, old], check=False)
+    assert done.returncode == 9
+    assert not old.exists()
+    return old
+
+
+def test_a_folder_that_a_dead_process_moved_aside_is_put_back(cut_off):
+    recover_folder(cut_off)
+    assert (cut_off / "sub" / "old.txt").read_text() == "old"
+
+
+def test_the_next_folder_replaces_one_that_was_moved_aside(cut_off):
+    with pytest.raises(KeyboardInterrupt):
+        write_half_a_folder(cut_off, KeyboardInterrupt)
+    assert (cut_off / "sub" / "old.txt").read_text() == "old"
+    with atomic_folder(cut_off) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert names(cut_off) == ["new.txt"]
+
+
+def test_nothing_is_put_back_over_a_folder_or_out_of_another_ones_place(old):
+    for other in (".folder.1234.old", ".folder2.1234.old"):
+        (old.parent / other).mkdir()
+    recover_folder(old)
+    assert names(old) == ["sub"]
+    recover_folder(old.parent / "fold*")
+    recover_folder(old.parent / "absent")
+    assert names(old.parent) == [".folder.1234.old", ".folder2.1234.old", "folder"]
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused_and_kept(tmp_path):

@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from steerrec import loading
 from steerrec.adapters.sasrec import SASRecRecommender, save
 from steerrec.data import Histories
 from steerrec.errors import ModelError
@@ -142,6 +144,27 @@ def test_a_function(rec, module):
 def test_a_function_that_does_not_do(spec, message):
     with pytest.raises(ModelError, match=message):
         load_recommender(spec)
+
+
+@pytest.mark.parametrize("safe_path", [False, True])
+def test_a_function_in_the_working_directory_unless_python_is_to_leave_that_out(
+    rec, module, tmp_path, monkeypatch, safe_path
+):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    flags = SimpleNamespace(safe_path=safe_path)
+    monkeypatch.setattr(loading, "sys", SimpleNamespace(flags=flags, path=elsewhere))
+    if safe_path:
+        assert "cannot be imported" in refusal(f"{module}:sasrec")
+    else:
+        assert same_scores(load_recommender(f"{module}:sasrec"), rec)
+        assert sys.path[-1] == str(tmp_path)  # last: it hides no other module
+
+
+@pytest.mark.parametrize("options", [{"device": "meta"}, {"revision": "v1"}])
+def test_a_function_chooses_device_and_revision_by_itself(module, options):
+    assert "is a function: it chooses" in refusal(f"{module}:sasrec", **options)
 
 
 def test_an_error_inside_the_users_function_is_theirs(module, monkeypatch):

@@ -71,9 +71,12 @@ def test_a_head_whose_parts_do_not_fit_is_refused(weight, bias, message):
 # --- user vectors -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[True, False], ids=["pre-norm", "post-norm"])
+@pytest.fixture(
+    params=[{}, {"norm_first": False}, {"tie_word_embeddings": False}],
+    ids=["pre-norm", "post-norm", "untied"],
+)
 def rec(request):
-    return tiny_sasrec(norm_first=request.param)
+    return tiny_sasrec(**request.param)
 
 
 def test_sasrec_is_a_recommender_and_its_model_is_none(rec):
@@ -132,6 +135,12 @@ def test_user_vectors_keep_no_graph_and_leave_no_hook(rec):
     handle.remove()
     assert not states[0].requires_grad
     assert hooked(rec.model) == []
+
+
+def test_a_model_in_training_mode_is_refused(rec):
+    rec.model.layers[1].train()  # a single part is enough: its dropout would act
+    with pytest.raises(ModelError, match="SASRecModel is in training mode"):
+        user_vectors(rec, HISTORIES)
 
 
 def test_a_site_with_more_than_one_vector_a_user_is_refused(rec):

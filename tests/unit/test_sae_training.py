@@ -255,6 +255,14 @@ def test_one_seed_gives_one_sae_whatever_the_global_random_state(tmp_path, shard
     assert not equal(one, other)
 
 
+def test_the_seed_decides_the_first_directions_too(tmp_path, shards):
+    one, other = (
+        module._Run(shards, replace(TRAINING, seed=seed), tmp_path, torch.device("cpu"))
+        for seed in (0, 1)
+    )
+    assert not torch.equal(one.sae.W_dec, other.sae.W_dec)
+
+
 # --- interruption and bad input
 
 

@@ -115,13 +115,15 @@ def test_the_model_equals_a_naive_one(norm_first, settings):
 
 
 @norms
-def test_scores_are_the_last_real_state_times_the_item_embeddings(norm_first):
-    model = tiny_sasrec(norm_first=norm_first).model.double()
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_are_the_last_real_state_times_the_item_embeddings(norm_first, tied):
+    model = tiny_sasrec(norm_first=norm_first, tie_word_embeddings=tied).model.double()
+    state = model.state_dict()
+    items = state["item_embedding.weight"][1:] if tied else state["output_embedding.weight"]
     scores = model.score(IDS)
     for user, row in enumerate(IDS):
         last = naive_sasrec(model, row[row != 0])[-1]
-        expected = model.state_dict()["item_embedding.weight"][1:] @ last
-        torch.testing.assert_close(scores[user], expected)
+        torch.testing.assert_close(scores[user], items @ last)
 
 
 @norms
@@ -236,6 +238,7 @@ def folder(tmp_path):
 SETTINGS = {
     "pre-norm": {},
     "post-norm": {"norm_first": False, "embedding_norm": True, "scale_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
 }
 
 

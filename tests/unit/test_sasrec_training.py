@@ -66,17 +66,25 @@ def test_softmax_loss_survives_large_scores_and_leaves_its_inputs_alone():
     assert torch.equal(weight, before[1])
 
 
-def test_sampled_loss_without_calibration_is_binary_cross_entropy():
+@pytest.mark.parametrize("chunk", [1, 3, 10, 512])
+def test_sampled_loss_without_calibration_is_binary_cross_entropy(chunk):
     hidden, weight, targets, negatives = positions()
     scores = hidden @ weight.T
     logits = torch.cat([scores.gather(1, targets[:, None]), scores.gather(1, negatives)], dim=1)
     labels = torch.zeros_like(logits)
     labels[:, 0] = 1
     expected = F.binary_cross_entropy_with_logits(logits, labels)
-    loss = sampled_loss(hidden, weight, targets, negatives)
+    loss = sampled_loss(hidden, weight, targets, negatives, chunk=chunk)
     torch.testing.assert_close(loss, expected)
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (hidden, weight)))
+    gradients = torch.autograd.grad(loss * 3, (hidden, weight))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected * 3, (hidden, weight)))
+
+
+def test_sampled_loss_passes_gradcheck():
+    hidden, weight, targets, negatives = positions()
+    assert torch.autograd.gradcheck(
+        lambda h, w: sampled_loss(h, w, targets, negatives, t=0.6, chunk=4), (hidden, weight)
+    )
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 0.75, 1.0])
@@ -311,6 +319,26 @@ def test_histories_of_single_items_teach_nothing(tmp_path):
     split = leave_one_out(Histories.from_lists([[0, 1, 2], [3, 4, 5]]), ITEMS)
     with pytest.raises(TrainingError, match="nothing to learn from"):
         fit(split, tmp_path)
+
+
+def test_a_catalogue_of_fewer_than_ten_items_is_refused(tmp_path):
+    split = leave_one_out(Histories.from_lists([[0, 1, 2, 3, 4]]), 9)
+    with pytest.raises(TrainingError, match="the catalogue has 9 items; expected at least 10"):
+        fit_sasrec(
+            split,
+            tiny_catalogue(9),
+            config=tiny_config(9),
+            training=TRAINING,
+            work=tmp_path,
+        )
+
+
+def test_an_output_embedding_of_its_own_is_trained(split, tmp_path):
+    rec, _ = fit(split, tmp_path / "trained", tie_word_embeddings=False)
+    untrained, _ = fit(
+        split, tmp_path / "not", replace(TRAINING, learning_rate=0.0), tie_word_embeddings=False
+    )
+    assert not torch.equal(rec.item_head.weight, untrained.item_head.weight)
 
 
 def test_an_unknown_loss_is_refused():

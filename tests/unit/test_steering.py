@@ -223,6 +223,15 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, transform(x))
 
 
+def test_moving_or_casting_a_transform_leaves_sae_and_recipe_alone():
+    sae, steering, x = random_sae(), random_steering(), vectors()
+    expected = SteerTransform(sae, steering)(x)
+    double = SteerTransform(sae, steering).double()
+    torch.testing.assert_close(double(x), expected)
+    assert {p.dtype for p in sae.parameters()} == {steering.shift.dtype} == {torch.float32}
+    assert {p.dtype for p in double.parameters()} == {double.shift.dtype} == {torch.float64}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_result_is_on_the_device_of_the_input():
     transform, x = SteerTransform(random_sae(), random_steering()), vectors()
