@@ -4,6 +4,7 @@ import os
 
 from hypothesis import settings
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 os.environ["MPLBACKEND"] = "Agg"  # plots are written to files: no test needs a screen
 
 # The wall time of an example says nothing on a busy machine; CI sees the same examples every run.
