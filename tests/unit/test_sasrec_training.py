@@ -251,6 +251,29 @@ def test_an_epoch_learns_from_every_training_position_once_and_from_nothing_held
     assert Counter(seen) == Counter(int(item) for row in split.train for item in row[1:])
 
 
+def test_every_epoch_has_an_order_and_negatives_of_its_own(split, tmp_path, monkeypatch):
+    targets, negatives = [], []
+    original = sasrec_training.sampled_loss
+
+    def watched(hidden, weight, batch_targets, batch_negatives, **options):
+        targets.append(batch_targets.tolist())
+        negatives.append(batch_negatives[:4].tolist())
+        return original(hidden, weight, batch_targets, batch_negatives, **options)
+
+    monkeypatch.setattr(sasrec_training, "sampled_loss", watched)
+    # without dropout the negatives are all that is drawn at random
+    fit(
+        split,
+        tmp_path,
+        replace(TRAINING, loss="bce", epochs=2),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    half = len(targets) // 2
+    assert targets[:half] != targets[half:]
+    assert negatives[0] != negatives[half]
+
+
 def test_the_inputs_of_a_batch_are_what_came_before_each_target(split, tmp_path, monkeypatch):
     """Every input row is a window without its last item, right-padded."""
     batches = []
@@ -285,6 +308,24 @@ def test_it_stops_when_validation_gets_no_better_and_keeps_the_best_weights(
     assert [entry["valid_ndcg@10"] for entry in summary["log"]] == [0.1, 0.3, 0.2, 0.3, 0.1]
     assert torch.equal(weights(rec), validated[1])
     assert not torch.equal(validated[1], validated[4])
+
+
+def test_patience_counts_on_after_an_interruption(split, tmp_path, monkeypatch):
+    scores = iter([0.3, 0.2, KeyboardInterrupt(), 0.1, 0.9])
+
+    def fake(*_, **__):
+        score = next(scores)
+        if isinstance(score, BaseException):
+            raise score
+        return SimpleNamespace(metrics={"ndcg@10": score})
+
+    monkeypatch.setattr(sasrec_training, "evaluate", fake)
+    training = replace(TRAINING, epochs=9, patience=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(split, tmp_path, training)
+    _, summary = fit(split, tmp_path, training)
+    assert summary["epochs"] == 3
+    assert summary["best_valid_ndcg@10"] == 0.3
 
 
 def test_validation_can_be_rare_but_is_never_left_out_at_the_end(split, tmp_path):
