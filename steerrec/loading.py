@@ -97,7 +97,7 @@ def _adapter_of_folder(path: Path) -> str:
             f"{path} is not a saved model: it has no config.json with a model_type; expected a "
             "folder written by `steerrec train`"
         ) from error
-    if model_type not in _MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ModelError(
             f"{path} holds a {model_type!r} model; steerrec can open {', '.join(_MODEL_TYPES)}; "
             "wrap any other in a function and give pkg.module:function"

@@ -43,7 +43,7 @@ class SAETraining:
     epochs
         Passes over the captured rows.
     learning_rate
-        Peak of Adam's learning rate; it falls linearly to 0 over the last fifth of the steps.
+        Peak of Adam's learning rate; it falls linearly to 0 over the second half of the steps.
     aux_k
         How many dead latents the auxiliary loss uses at once.
     aux_weight
@@ -57,7 +57,7 @@ class SAETraining:
 
     latents: int = 4096
     k: int = 32
-    epochs: int = 20
+    epochs: int = 30
     batch_size: int = 2048
     learning_rate: float = 3e-3
     aux_k: int = 64
@@ -236,7 +236,7 @@ class _Run:
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.training.epochs
         warmup = min(100, max(1, total // 10))
-        factor = min(1.0, 5 * (1 - step / total), (step + 1) / warmup)
+        factor = min(1.0, 2 * (1 - step / total), (step + 1) / warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * factor
 
