@@ -106,7 +106,7 @@ def attach(
         ["FVU on held-out users", opt.number(found["fvu"])],
         ["L0", f"{found['l0']:.1f}"],
         ["dead latents", f"{found['dead_share']:.2%}"],
-        ["nDCG@10 of the model, valid", opt.number(cost["base"]["metrics"]["ndcg@10"])],
+        ["nDCG@10 of the model, test", opt.number(cost["base"]["metrics"]["ndcg@10"])],
         ["nDCG@10 kept by the reconstruction", opt.number(cost["ndcg_kept"], ".2%")],
     ]
     opt.print_table(f"{output}: {latents} latents at {site.path}", ["", "value"], rows_out)

@@ -215,7 +215,10 @@ def recommend(
 def reconstruction_cost(
     rec: Recommender, sae: SparseAutoencoder, split: Split, *, site: Site | None = None, k: int = 10
 ) -> dict[str, Any]:
-    """Validation metrics with the reconstruction in place of the vector, beside the model's own.
+    """Test metrics with the reconstruction in place of the vector, beside the model's own.
+
+    Nothing is chosen by them. Validation would flatter the model, whose training was stopped where
+    validation was best, and so any change to it would seem to cost more than it does.
 
     Returns
     -------
@@ -224,9 +227,9 @@ def reconstruction_cost(
         the model's nDCG that is left.
     """
     empty = Steering(torch.zeros(sae.d_sae), splice="reconstruct", name="reconstruction")
-    base = evaluate(rec, split, which="valid", k=k)
+    base = evaluate(rec, split, which="test", k=k)
     with attach(rec, sae, site=site, steering=empty):
-        through = evaluate(rec, split, which="valid", k=k)
+        through = evaluate(rec, split, which="test", k=k)
     key = f"ndcg@{k}"
     kept = through.metrics[key] / base.metrics[key] if base.metrics[key] else None
     return {"base": base.to_dict(), "reconstruction": through.to_dict(), "ndcg_kept": kept}
