@@ -161,7 +161,7 @@ def test_attach_reports_the_reconstruction_and_what_it_costs(world):
     assert 0 < found["reconstruction"]["l0"] <= 8
     assert 0 <= found["reconstruction"]["dead_share"] <= 1
     base, through = (found["downstream"][name] for name in ("base", "reconstruction"))
-    assert base["protocol"] == through["protocol"] == {**PROTOCOL, "split": "valid"}
+    assert base["protocol"] == through["protocol"] == {**PROTOCOL, "split": "test"}
     kept = through["metrics"]["ndcg@10"] / base["metrics"]["ndcg@10"]
     assert found["downstream"]["ndcg_kept"] == kept
 
