@@ -106,7 +106,11 @@ def attach(
         ["FVU on held-out users", opt.number(found["fvu"])],
         ["L0", f"{found['l0']:.1f}"],
         ["dead latents", f"{found['dead_share']:.2%}"],
-        ["nDCG@10 of the model, test", opt.number(cost["base"]["metrics"]["ndcg@10"])],
-        ["nDCG@10 kept by the reconstruction", opt.number(cost["ndcg_kept"], ".2%")],
     ]
+    for which, measured in cost.items():
+        own, kept = measured["base"]["metrics"]["ndcg@10"], measured["ndcg_kept"]
+        rows_out += [
+            [f"nDCG@10 of the model, {which}", opt.number(own)],
+            [f"nDCG@10 kept by the reconstruction, {which}", opt.number(kept, ".2%")],
+        ]
     opt.print_table(f"{output}: {latents} latents at {site.path}", ["", "value"], rows_out)

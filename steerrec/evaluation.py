@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -215,24 +216,32 @@ def recommend(
 def reconstruction_cost(
     rec: Recommender, sae: SparseAutoencoder, split: Split, *, site: Site | None = None, k: int = 10
 ) -> dict[str, Any]:
-    """Test metrics with the reconstruction in place of the vector, beside the model's own.
+    """Held-out metrics with the reconstruction in place of the vector, beside the model's own.
 
-    Nothing is chosen by them. Validation would flatter the model, whose training was stopped where
-    validation was best, and so any change to it would seem to cost more than it does.
+    Both splits are measured, and nothing is chosen by them.
 
     Returns
     -------
     dict
-        `base` and `reconstruction`, each with protocol and metrics, and `ndcg_kept`, the share of
-        the model's nDCG that is left.
+        For `valid` and for `test`: `base` and `reconstruction`, each with protocol and metrics, and
+        `ndcg_kept`, the share of the model's nDCG that is left.
     """
     empty = Steering(torch.zeros(sae.d_sae), splice="reconstruct", name="reconstruction")
-    base = evaluate(rec, split, which="test", k=k)
-    with attach(rec, sae, site=site, steering=empty):
-        through = evaluate(rec, split, which="test", k=k)
-    key = f"ndcg@{k}"
-    kept = through.metrics[key] / base.metrics[key] if base.metrics[key] else None
-    return {"base": base.to_dict(), "reconstruction": through.to_dict(), "ndcg_kept": kept}
+    found: dict[str, Any] = {}
+    splits: tuple[Which, ...] = ("valid", "test")
+    for which in splits:
+        capture = partial(capture_held_out, rec, split, which)
+        users = capture()
+        base = measure(rec, users, k=k)
+        lists = rank_steered(rec, sae, empty, users, capture, site=site, k=k)
+        through = measure_lists(rec, users, lists, mask_seen=False)
+        ndcg, own = through.metrics[f"ndcg@{k}"], base.metrics[f"ndcg@{k}"]
+        found[which] = {
+            "base": base.to_dict(),
+            "reconstruction": through.to_dict(),
+            "ndcg_kept": ndcg / own if own else None,
+        }
+    return found
 
 
 @torch.no_grad()

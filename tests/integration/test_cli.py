@@ -160,10 +160,11 @@ def test_attach_reports_the_reconstruction_and_what_it_costs(world):
     assert 0 < found["reconstruction"]["fvu"] < 0.6
     assert 0 < found["reconstruction"]["l0"] <= 8
     assert 0 <= found["reconstruction"]["dead_share"] <= 1
-    base, through = (found["downstream"][name] for name in ("base", "reconstruction"))
-    assert base["protocol"] == through["protocol"] == {**PROTOCOL, "split": "test"}
-    kept = through["metrics"]["ndcg@10"] / base["metrics"]["ndcg@10"]
-    assert found["downstream"]["ndcg_kept"] == kept
+    assert list(found["downstream"]) == ["valid", "test"]
+    for which, cost in found["downstream"].items():
+        base, through = cost["base"], cost["reconstruction"]
+        assert base["protocol"] == through["protocol"] == {**PROTOCOL, "split": which}
+        assert cost["ndcg_kept"] == through["metrics"]["ndcg@10"] / base["metrics"]["ndcg@10"]
 
 
 def test_the_artifact_opens_with_its_model(world, recommender):

@@ -273,17 +273,25 @@ def test_a_perfect_sae_costs_nothing(rec, split):
     sae.W_enc.copy_(torch.eye(5))
     sae.W_dec.copy_(torch.eye(5))
     cost = reconstruction_cost(rec, sae, split, k=4)
-    assert cost["ndcg_kept"] == 1.0
-    assert cost["reconstruction"] == cost["base"]
-    assert cost["base"] == evaluate(rec, split, which="test", k=4).to_dict()
+    assert list(cost) == ["valid", "test"]
+    for which, found in cost.items():
+        assert found["ndcg_kept"] == 1.0
+        assert found["reconstruction"] == found["base"]
+        assert found["base"] == evaluate(rec, split, which=which, k=4).to_dict()
 
 
 def test_a_bad_reconstruction_is_measured_in_the_place_of_the_vector(rec, split):
     sae = SparseAutoencoder(5, 5, 1).requires_grad_(False)
     sae.W_dec.zero_()
-    sae.b_dec.copy_(torch.eye(5)[4])  # lists 0 1 2 3 for the targets 1, 4 and 0
+    sae.b_dec.copy_(torch.eye(5)[4])  # lists 0 1 2 3 for the targets 0, 1, 2 and then 1, 4, 0
     cost = reconstruction_cost(rec, sae, split, k=4)
-    assert cost["base"]["metrics"]["ndcg@4"] == pytest.approx((2 + GAIN_2) / 3)
-    assert cost["reconstruction"]["metrics"]["ndcg@4"] == pytest.approx((1 + GAIN_2) / 3)
-    assert cost["ndcg_kept"] == pytest.approx((1 + GAIN_2) / (2 + GAIN_2))
-    assert evaluate(rec, split, which="test", k=4).to_dict() == cost["base"]  # nothing stays
+    by_hand = {
+        "valid": (2 / 3 * GAIN_4, (1 + GAIN_2 + 0.5) / 3),
+        "test": ((2 + GAIN_2) / 3, (1 + GAIN_2) / 3),
+    }
+    for which, (own, through) in by_hand.items():
+        found = cost[which]
+        assert found["base"]["metrics"]["ndcg@4"] == pytest.approx(own)
+        assert found["reconstruction"]["metrics"]["ndcg@4"] == pytest.approx(through)
+        assert found["ndcg_kept"] == pytest.approx(through / own)
+        assert evaluate(rec, split, which=which, k=4).to_dict() == found["base"]  # nothing stays
