@@ -23,10 +23,10 @@ def attach(
     latents: Annotated[int, typer.Option("--latents", min=1, help="Latents of the SAE.")] = 4096,
     k: Annotated[int, typer.Option("--k", min=1, help="Latents active at once.")] = 32,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 30,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a step.")] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a step.")] = 1024,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=1e-9, help="Peak learning rate.")
-    ] = 3e-3,
+    ] = 5e-3,
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Training prefixes to learn from, at most.")
     ] = 200_000,

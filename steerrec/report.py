@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerrec.files import atomic_file
 from steerrec.tradeoff import Sweep
@@ -58,6 +58,9 @@ def plot_tradeoff(sweep: Sweep, path: str | Path, *, title: str, budget: float =
     subtitle = f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}"
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
     figure.text(0.01, 0.915, subtitle, fontsize=9.5, color="#555b64")
+    figure.canvas.draw()
+    for axes in both:
+        _thin_out(axes)
     suffix = Path(path).suffix.lstrip(".") or "png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
@@ -84,7 +87,7 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
         )
     side = 1 if metric.startswith("gini") else -1  # labels away from the curve
     for point, px, py in list(zip(sweep.points, x, y, strict=True))[1:]:
-        axes.annotate(
+        label = axes.annotate(
             f"{point.alpha:g}",
             (px, py),
             xytext=(7, -11 * side if side > 0 else 5),
@@ -92,8 +95,22 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
             fontsize=8.5,
             color="#333a44",
         )
+        label.set_gid("strength")
+        label.set_zorder(7 if point.alpha == chosen.alpha else 6)
     axes.grid(color="#e6e8eb", lw=0.8)
     axes.set_axisbelow(True)
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
     axes.margins(x=0.08, y=0.1)
+
+
+def _thin_out(axes: Axes) -> None:
+    """Hide the labels that would lie over another; the chosen strength and the largest stay."""
+    labels = [child for child in axes.texts if child.get_gid() == "strength"][::-1]
+    labels.sort(key=lambda label: -label.get_zorder())
+    kept: list[Any] = []
+    for label in labels:
+        box = label.get_window_extent()
+        label.set_visible(not any(box.overlaps(other) for other in kept))
+        if label.get_visible():
+            kept.append(box)

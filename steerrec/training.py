@@ -58,8 +58,8 @@ class SAETraining:
     latents: int = 4096
     k: int = 32
     epochs: int = 30
-    batch_size: int = 2048
-    learning_rate: float = 3e-3
+    batch_size: int = 1024
+    learning_rate: float = 5e-3
     aux_k: int = 64
     aux_weight: float = 1 / 32
     dead_after: int = 100_000

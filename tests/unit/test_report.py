@@ -98,6 +98,13 @@ def test_nothing_is_marked_where_the_unsteered_model_is_the_choice(drawn, alphas
     assert "unsteered" in words
 
 
+def test_labels_that_would_lie_over_another_are_left_out(drawn):
+    close = (0.0, 0.499, 0.5, 0.501, 1.25)
+    for axes in drawn(sweep_of(close), budget=0.05).axes:
+        shown = [label.get_text() for label in axes.texts if label.get_visible()]
+        assert shown == ["0.5", "1.25"]  # 0.5 is the chosen one
+
+
 def test_no_screen_and_no_global_state(monkeypatch, tmp_path):
     """A notebook's own figures and settings stay as they are."""
     import matplotlib as mpl
