@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,10 @@ def attach(
         Path, typer.Option("-o", "--output", help="ARTIFACT folder to write.", show_default=False)
     ],
     layer: opt.Layer = None,
+    call: Annotated[
+        str,
+        typer.Option("--call", help="Which firing of --layer: only, first, last, all or a number."),
+    ] = "only",
     latents: Annotated[int, typer.Option("--latents", min=1, help="Latents of the SAE.")] = 4096,
     k: Annotated[int, typer.Option("--k", min=1, help="Latents active at once.")] = 32,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 30,
@@ -51,15 +54,14 @@ def attach(
     from steerrec.activations import ActivationSampling
     from steerrec.artifacts import Artifact
     from steerrec.evaluation import reconstruction_cost
+    from steerrec.layers import site_at
     from steerrec.loading import load_recommender, model_record
-    from steerrec.sites import get_module
     from steerrec.training import SAETraining, fit_autoencoder
 
     opt.refuse_existing(output, force, kind="ARTIFACT folder")
     started = time.perf_counter()
     rec = load_recommender(model, device=device)
-    site = replace(rec.site, path=layer) if layer else rec.site
-    get_module(rec.model, site.path)
+    site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
     interactions = opt.read_data(
         data,
         model_record(model).get("data"),

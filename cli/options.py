@@ -94,6 +94,11 @@ Layer = Annotated[
 ]
 
 
+def call_of(value: str) -> Any:
+    """The `--call` option as a site takes it."""
+    return int(value) if value.isdecimal() else value
+
+
 _TABLES = (".csv", ".tsv", ".parquet", ".pq", ".inter")
 
 

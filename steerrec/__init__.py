@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from steerrec.activations import ActivationSampling as ActivationSampling
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
+    from steerrec.attachment import Attachment as Attachment
+    from steerrec.attachment import attach as attach
     from steerrec.attribution import AttributionTable as AttributionTable
     from steerrec.attribution import score_neurons as score_neurons
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from steerrec.evaluation import recommend as recommend
     from steerrec.hooks import capture as capture
     from steerrec.hooks import edit as edit
+    from steerrec.layers import layer_report as layer_report
+    from steerrec.layers import site_at as site_at
+    from steerrec.layers import site_report as site_report
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
@@ -33,11 +38,12 @@ if TYPE_CHECKING:
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.sites import Lengths as Lengths
+    from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
-    from steerrec.steering import attach as attach
     from steerrec.tradeoff import Sweep as Sweep
     from steerrec.tradeoff import sweep as sweep
     from steerrec.training import SAETraining as SAETraining
@@ -46,11 +52,14 @@ if TYPE_CHECKING:
 _HOME = {
     "ActivationSampling": "activations",
     "Artifact": "artifacts",
+    "Attachment": "attachment",
     "AttributionTable": "attribution",
     "Catalogue": "data",
     "Contrast": "profiles",
     "Histories": "data",
     "ItemHead": "recommender",
+    "Lengths": "sites",
+    "RealMask": "sites",
     "Recommender": "recommender",
     "SAETraining": "training",
     "Site": "sites",
@@ -60,12 +69,13 @@ _HOME = {
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
     "TokenIds": "sites",
-    "attach": "steering",
+    "attach": "attachment",
     "build_histories": "data",
     "capture": "hooks",
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
+    "layer_report": "layers",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
@@ -75,6 +85,8 @@ _HOME = {
     "recommend": "evaluation",
     "score_neurons": "attribution",
     "simulate": "data",
+    "site_at": "layers",
+    "site_report": "layers",
     "sweep": "tradeoff",
     "user_vectors": "recommender",
 }

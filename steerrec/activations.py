@@ -242,10 +242,6 @@ def capture_activations(
             vectors = collect_user_vectors(
                 rec, prefixes, site, batch_size=batch_size, description=f"shard {number + 1}"
             )
-            if not bool(vectors.isfinite().all()):
-                raise TrainingError(
-                    f"site {site.path!r} emits values that are not finite; an SAE cannot learn them"
-                )
             if not started.is_file():  # only now: a site that fails leaves nothing in the way
                 write_json(started, settings)
             with atomic_file(path) as temporary:

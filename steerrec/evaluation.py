@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from steerrec.activations import collect_user_vectors
+from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories, Split
 from steerrec.metrics import RankingMetrics
 from steerrec.ranking import TopK, top_k
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
-from steerrec.steering import Steering, SteerTransform, attach
+from steerrec.steering import Steering, SteerTransform
 
 Which = Literal["valid", "test"]
 

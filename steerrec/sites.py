@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from steerrec.errors import SiteError
 
-Layout = Literal["BLH", "LBH", "BHL", "BH"]
+Layout = Literal["BLH", "LBH", "BHL", "BH", "jagged"]
 Positions = Literal["user", "real", "all"]
+Call = Literal["only", "first", "last", "all"]
 SelectPath = tuple[int | str, ...]
+
+WRAPPERS = ("module", "_orig_mod")
+"""Where DataParallel, DistributedDataParallel and torch.compile keep the model they wrap."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class TokenIds:
     Attributes
     ----------
     path
-        Dotted path of a module whose first input is the token ids [B, L] of the same forward,
-        usually the item embedding.
+        Dotted path of a module whose first integer input is the token ids [B, L] of the same
+        forward, usually the item embedding.
     pad_id
         The id of padding.
     """
@@ -37,28 +42,92 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Where a site learns how long each history is: a tensor of lengths that enters module `path`.
+
+    Histories begin at position 0: right-padded, or jagged.
+
+    Attributes
+    ----------
+    path
+        Dotted path of a module that is called before the site in the same forward; "" is the root.
+    select
+        Which argument: its position or keyword first, then as in `Site.select`. The first integer
+        tensor if empty.
+    offsets
+        Whether the tensor holds B + 1 offsets (0, end of the first history, …) and not B lengths.
+    method
+        A method of the module, as in `Site.method`.
+    """
+
+    path: str
+    select: SelectPath = ()
+    offsets: bool = False
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class RealMask:
+    """Where a site learns which positions are real: a mask [B, L] that enters module `path`.
+
+    For models whose ids do not tell, because an item shares its id with the padding.
+
+    Attributes
+    ----------
+    path
+        Dotted path of a module that is called before the site in the same forward; "" is the root.
+    select
+        Which argument: its position or keyword first, then as in `Site.select`.
+    padding
+        Whether the mask is true (not 0) at padding, as a key padding mask is, and not at what is
+        real.
+    method
+        A method of the module, as in `Site.method`.
+    """
+
+    path: str
+    select: SelectPath
+    padding: bool = False
+    method: str | None = None
+
+
+PositionsFrom = TokenIds | Lengths | RealMask | Literal["last"]
+_SOURCES = {"TokenIds": TokenIds, "Lengths": Lengths, "RealMask": RealMask}
+
+
+@dataclass(frozen=True)
 class Site:
     """A place in a model where vectors of width H can be read or replaced.
 
     Attributes
     ----------
     path
-        Dotted path of a module, as in `model.named_modules()`; `layers.-1` counts from the end.
+        Dotted path of a module, as in `model.named_modules()`; "" is the model itself,
+        `layers.-1` counts from the end, and `layers.*.norm` is a pattern (as in `fnmatch`, where
+        `*` matches dots too) that `capture` expands and `attach` wants to match one module.
     at
         Whether the module's `output` or its `input` is meant.
     select
-        Keys and indices that lead to the tensor inside a nested output: `(0,)` for the first of a
-        tuple, `("hidden", -1)` for the last of a list in a dict. Empty for a plain tensor. For an
-        input, the first one is a position among the arguments or a keyword.
+        Keys, indices and attribute names that lead to the tensor inside a nested output: `(0,)`
+        for the first of a tuple, `("hidden", -1)` for the last of a list in a dict. Empty for a
+        plain tensor. For an input, the first one is a position among the arguments or a keyword.
     layout
-        Axis order of the tensor: B batch, L length, H width.
+        Axis order of the tensor: B batch, L length, H width. `jagged` is [sum of lengths, H], one
+        history after another without padding, or torch's jagged NestedTensor.
     positions
         Which rows: the `user` position (the last real one of each history), every `real`
         position, or `all` of them, padding included.
     positions_from
-        How the real positions are known: `TokenIds`, or `"last"` where every history ends at the
-        last position (left padding; enough for `user` only). Required for `user` and `real`
-        unless the layout is `BH`: a layer sees [B, L, H] but no lengths.
+        How the real positions are known: `TokenIds`, `RealMask`, `Lengths`, or `"last"` where
+        every history ends at the last position (left padding; enough for `user` only). Required
+        for `user` and `real` unless the layout is `BH`: a layer sees [B, L, H] but no lengths.
+    call
+        Which firing of one forward counts where a module runs more than once: `only` (the
+        default: it runs once, and more is an error), `first`, `last`, `all`, or a number from 0.
+    method
+        A method of the module to watch in place of its forward, where no module emits the vector:
+        `score_items`, say. `forward` also sees direct calls of `.forward()`, which module hooks
+        do not.
     """
 
     path: str
@@ -66,37 +135,76 @@ class Site:
     select: SelectPath = ()
     layout: Layout = "BLH"
     positions: Positions = "user"
-    positions_from: TokenIds | Literal["last"] | None = None
+    positions_from: PositionsFrom | None = None
+    call: Call | int = "only"
+    method: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("at", self.at, ("output", "input"))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("positions", self.positions, get_args(Positions))
+        if not isinstance(self.call, int) or isinstance(self.call, bool) or self.call < 0:
+            _one_of("call", self.call, (*get_args(Call), "a number from 0"))
+        if self.method is not None and not self.method.isidentifier():
+            raise SiteError(f"a site's method is the name of one; got {self.method!r}")
         if self.layout == "BH" or self.positions == "all":
             return
-        if self.positions_from is None:
+        if self.positions_from is None and self.layout != "jagged":
             raise SiteError(
-                f"site {self.path!r} works on {self.positions} positions but cannot know them: set "
-                "positions_from=TokenIds('<item embedding>', pad_id=...), or 'last' for "
-                "left-padded models"
+                f"site {self.name} works on {self.positions} positions but cannot know them: set "
+                "positions_from=TokenIds('<item embedding>', pad_id=...), RealMask, Lengths, or "
+                "'last' for left-padded models"
             )
         if self.positions_from == "last" and self.positions == "real":
             raise SiteError(
-                f"site {self.path!r}: positions_from='last' finds only the user position; expected "
+                f"site {self.name}: positions_from='last' finds only the user position; expected "
                 "TokenIds(...) for positions='real'"
             )
+        if self.positions_from == "last" and self.layout == "jagged":
+            raise SiteError(
+                f"site {self.name}: a jagged layout has no last position; expected Lengths(...) or "
+                "TokenIds(...) for positions_from"
+            )
+
+    @property
+    def name(self) -> str:
+        """What messages call the site: its path, quoted, with the method if there is one."""
+        name = f"{self.path}.{self.method}()" if self.method else self.path
+        return repr(name.removeprefix("."))
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether `path` may stand for several modules."""
+        return re.search(r"[*?[]", self.path) is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as JSON-able values; `Site.from_dict` gives an equal site back."""
-        return {**asdict(self), "select": list(self.select)}
+        """The site as JSON-able values; `Site.from_dict` gives an equal site back.
+
+        What a later version added is left out where it is as by default, so that a site keeps the
+        name of its folder.
+        """
+        values = {**asdict(self), "select": list(self.select)}
+        source = self.positions_from
+        if isinstance(source, Lengths | RealMask):
+            kind = {"kind": type(source).__name__}
+            values["positions_from"] = kind | asdict(source) | {"select": list(source.select)}
+        added = {"call": "only", "method": None}
+        return {k: v for k, v in values.items() if k not in added or v != added[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Site:
         """Rebuild a site from `to_dict`."""
-        known = {**values, "select": tuple(values.get("select", ()))}
         try:
+            known = {**values, "select": tuple(values.get("select", ()))}
             if isinstance(source := known.get("positions_from"), Mapping):
-                known["positions_from"] = TokenIds(**source)
+                fields = {k: tuple(v) if k == "select" else v for k, v in source.items()}
+                kind = fields.pop("kind", "TokenIds")
+                if kind not in _SOURCES:
+                    raise SiteError(
+                        f"not a site: positions_from is a {kind!r}; expected one of "
+                        f"{', '.join(_SOURCES)}"
+                    )
+                known["positions_from"] = _SOURCES[kind](**fields)
             return cls(**known)
         except TypeError as error:
             raise SiteError(f"not a site: {error}") from error
@@ -117,21 +225,76 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def get_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path; negative indices count from the end of a list.
 
+    The wrappers of DataParallel, DistributedDataParallel and torch.compile are looked through,
+    whether or not the path names them.
+
     Raises
     ------
     SiteError
         If there is none; the message lists the nearest names.
     """
-    module: nn.Module = model
-    for part in path.split("."):
+    module = _unwrapped(model)
+    for part in path.split(".") if path else ():
         if re.fullmatch(r"-\d+", part) and isinstance(module, nn.ModuleList | nn.Sequential):
             part = str(len(module) + int(part))
         child = module._modules.get(part)
         if child is None:
-            names = [name for name, _ in model.named_modules() if name]
-            near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
-            raise SiteError(
-                f"no module {path!r} in {type(model).__name__}; nearest: {', '.join(near)}"
-            )
-        module = child
+            if module is _unwrapped(model) and part in WRAPPERS:
+                continue  # the path was noted on a wrapped model
+            raise _unknown(model, path)
+        module = _unwrapped(child)
     return module
+
+
+def expand(model: nn.Module, site: Site) -> list[Site]:
+    """The sites that a site with a pattern for a path stands for, in the order of the modules.
+
+    A module whose name is the pattern to the letter comes before any matching.
+
+    Raises
+    ------
+    SiteError
+        If no module matches.
+    """
+    if not site.is_pattern:
+        get_module(model, site.path)
+        return [site]
+    root = _unwrapped(model)
+    names = [name for name, _ in root.named_modules() if name]
+    pattern = _counted_from_the_end(root, site.path)
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if site.path in names:
+        found = [site.path]
+    if not found:
+        raise _unknown(model, site.path)
+    return [replace(site, path=name) for name in found]
+
+
+def _counted_from_the_end(root: nn.Module, pattern: str) -> str:
+    """The pattern with each `-1` that follows a plain path made a plain index."""
+    parts = pattern.split(".")
+    for i, part in enumerate(parts):
+        if re.fullmatch(r"-\d+", part) and not re.search(r"[*?[]", ".".join(parts[:i])):
+            parts[i] = str(len(get_module(root, ".".join(parts[:i]))) + int(part))  # type: ignore[arg-type]
+    return ".".join(parts)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            inner = module._modules["_orig_mod"]
+            assert inner is not None
+            module = inner
+        else:
+            return module
+
+
+def _unknown(model: nn.Module, path: str) -> SiteError:
+    root = _unwrapped(model)
+    names = [name for name, _ in root.named_modules() if name]
+    near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+    listed = f"; nearest: {', '.join(near)}" if near else ", which has no submodules"
+    return SiteError(f"no module {path!r} in {type(root).__name__}{listed}")

@@ -1,21 +1,17 @@
-"""Steering: recipe (`Steering`), pure step (`SteerTransform`), and live on a model (`attach`)."""
+"""Steering as a recipe (`Steering`) and as a pure step on user vectors (`SteerTransform`)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from steerrec.autoencoder import Latents, SparseAutoencoder
+from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
-from steerrec.hooks import SiteHook
-from steerrec.recommender import Recommender
-from steerrec.sites import Site
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
@@ -141,15 +137,43 @@ class SteerTransform(nn.Module):
 
     def __init__(self, sae: SparseAutoencoder, steering: Steering) -> None:
         super().__init__()
-        if len(steering.shift) != sae.d_sae:
-            raise ArtifactError(
-                f"steering {steering.name!r} is for {len(steering.shift)} latents, the SAE has "
-                f"{sae.d_sae}; use the SAE that it was made with"
-            )
         # a copy: moving or casting the transform must not touch the caller's SAE
         self.sae = copy.deepcopy(sae).requires_grad_(False)
+        self._set(steering)
+
+    def _set(self, steering: Steering) -> None:
+        if len(steering.shift) != self.sae.d_sae:
+            raise ArtifactError(
+                f"steering {steering.name!r} is for {len(steering.shift)} latents, the SAE has "
+                f"{self.sae.d_sae}; use the SAE that it was made with"
+            )
         self.steering = steering
-        self.register_buffer("shift", steering.shift.to(sae.W_enc, copy=True))
+        self.register_buffer("shift", steering.shift.to(self.sae.W_enc, copy=True))
+
+    def with_steering(self, steering: Steering) -> SteerTransform:
+        """Another recipe on the same SAE, which the two share."""
+        twin = SteerTransform.__new__(SteerTransform)
+        nn.Module.__init__(twin)
+        twin.sae = self.sae
+        twin._set(steering)
+        return twin
+
+    def copy_from(self, other: SteerTransform) -> None:
+        """Take over another's recipe into the tensors that are here, which a compiled graph reads.
+
+        Raises
+        ------
+        SiteError
+            If it is spliced in another way, which is part of the graph.
+        """
+        if other.steering.splice != self.steering.splice:
+            raise SiteError(
+                f"the compiled model splices by {self.steering.splice!r}; expected the same of "
+                f"steering {other.steering.name!r}, which says {other.steering.splice!r}: attach "
+                "it before compiling"
+            )
+        self.steering = other.steering
+        self.shift.copy_(other.shift)
 
     def forward(self, x: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """Steered user vectors.
@@ -176,116 +200,3 @@ class SteerTransform(nn.Module):
                 return self.sae.decode(after).to(x)
             change = self.sae.directions(after) - self.sae.directions(self.sae.activate(pre_acts))
             return x + change.to(x)
-
-
-class Attachment:
-    """An SAE on a live model, with or without steering; made by `attach`.
-
-    Without steering it observes: the model's outputs stay the very same objects. Setting
-    `steering` turns it on, None turns it off again, `remove` takes the hooks off. It is a context
-    manager that removes itself on every exit.
-    """
-
-    def __init__(
-        self, model: nn.Module, sae: SparseAutoencoder, site: Site, steering: Steering | None
-    ) -> None:
-        self.sae = sae
-        self.site = site
-        self.steering = steering
-        self._observed: Tensor | None = None
-        self._hook = SiteHook(model, site, self._on_rows)
-
-    @property
-    def steering(self) -> Steering | None:
-        """The recipe in force; None while observing only."""
-        return None if self._transform is None else self._transform.steering
-
-    @steering.setter
-    def steering(self, steering: Steering | None) -> None:
-        self._transform = None if steering is None else SteerTransform(self.sae, steering)
-
-    @property
-    def firings(self) -> int:
-        """How often the site has fired since the SAE was attached."""
-        return self._hook.firings
-
-    @property
-    def latents(self) -> Latents:
-        """Active latents of the latest forward pass, as they were before any steering."""
-        if self._observed is None:
-            raise SiteError(
-                f"site {self.site.path!r} has not fired since the SAE was attached; run the model "
-                "first"
-            )
-        with torch.no_grad():
-            return self.sae.encode(self._observed.to(self.sae.W_enc))
-
-    def remove(self) -> None:
-        """Take the hooks off the model; harmless when done twice."""
-        self._hook.remove()
-
-    def _on_rows(self, rows: Tensor) -> Tensor | None:
-        if rows.shape[-1] != self.sae.d_in:
-            raise SiteError(
-                f"site {self.site.path!r} gives vectors of width {rows.shape[-1]}, the SAE reads "
-                f"{self.sae.d_in}; attach it where it was trained"
-            )
-        self._observed = rows.detach().clone()
-        if self._transform is None:
-            return None
-        if self._transform.shift.device != rows.device:
-            self._transform.to(rows.device)  # once, not to and fro at every forward
-        steered: Tensor = self._transform(rows)
-        return steered
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-
-def attach(
-    model: nn.Module | Recommender,
-    sae: SparseAutoencoder,
-    *,
-    site: Site | None = None,
-    steering: Steering | None = None,
-) -> Attachment:
-    """Attach an SAE to a layer of a frozen model through a forward hook.
-
-    Parameters
-    ----------
-    model
-        A torch module, or a `Recommender`, whose recommended site is then the default.
-    sae
-        The SAE; it must read vectors of the site's width.
-    site
-        Where to attach it.
-    steering
-        What to do there; observe only if None.
-
-    Returns
-    -------
-    Attachment
-        Live until its `remove`, or the end of its `with` block.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(3, 4))
-    >>> sae = SparseAutoencoder(4, 8, k=2)
-    >>> with attach(model, sae, site=Site("0", layout="BH")) as attachment:
-    ...     _ = model(torch.ones(5, 3))
-    >>> attachment.firings
-    1
-    """
-    if isinstance(model, nn.Module):
-        if site is None:
-            raise SiteError("a bare torch module has no recommended site; pass site=Site(...)")
-        return Attachment(model, sae, site, steering)
-    return Attachment(model.model, sae, site or model.site, steering)

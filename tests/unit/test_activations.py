@@ -20,7 +20,7 @@ from steerrec.activations import (
     sample_prefixes,
 )
 from steerrec.data import Histories
-from steerrec.errors import DataError, StorageError, TrainingError
+from steerrec.errors import DataError, SiteError, StorageError, TrainingError
 
 from .tiny import TinyRecommender, random_histories, random_recommender
 
@@ -257,7 +257,7 @@ def test_a_model_that_emits_nan_is_refused(train, tmp_path):
     embedding = torch.zeros(20, 4)
     embedding[3] = torch.nan
     rec = TinyRecommender(embedding, torch.ones(20, 4), [1] * 20)
-    with pytest.raises(TrainingError, match=r"site 'mean' emits values that are not finite"):
+    with pytest.raises(SiteError, match=r"site 'mean' emits values that are not finite"):
         capture_activations(rec, train, tmp_path, sampling=SAMPLING)
     assert not (tmp_path / "activations.json").exists()
 

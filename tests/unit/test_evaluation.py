@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import DataWarning, Histories, leave_one_out
 from steerrec.errors import DataError
@@ -22,7 +23,7 @@ from steerrec.evaluation import (
     steered,
 )
 from steerrec.sites import Site
-from steerrec.steering import Steering, attach
+from steerrec.steering import Steering
 
 from .tiny import TinyRecommender, random_histories, random_recommender
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from steerrec.errors import SiteError
-from steerrec.hooks import Site, SiteHook, TokenIds, capture, edit, get_module
+from steerrec.hooks import SiteHook, capture, edit
+from steerrec.sites import Site, TokenIds, get_module
 
 from .toy_models import hooked, tiny_sasrec
 
@@ -212,9 +213,10 @@ LAYOUTS = {
 
 @st.composite
 def batches(draw):
-    users, length = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    users, length = draw(st.integers(0, 4)), draw(st.integers(1, 5))
     row = st.lists(st.integers(0, 5), min_size=length, max_size=length)
-    return torch.tensor(draw(st.lists(row, min_size=users, max_size=users)))
+    rows = draw(st.lists(row, min_size=users, max_size=users))
+    return torch.tensor(rows, dtype=torch.long).reshape(users, length)
 
 
 @given(
@@ -237,7 +239,8 @@ def test_rows_are_the_right_positions_in_any_layout_with_any_padding(
     assert captured[site].tolist() == [x[cell].tolist() for cell in cells]
     expected = x.clone()
     for cell in cells:
-        expected[cell] = x[cell] * 3 - 1
+        if positions != "user" or ids[cell] != pad:  # a history without items has no user
+            expected[cell] = x[cell] * 3 - 1
     with edit(model, site, lambda rows: rows * 3 - 1):
         output = model(ids)
     assert torch.equal(output, LAYOUTS[layout](expected))
@@ -250,7 +253,7 @@ def test_rows_are_the_right_positions_in_any_layout_with_any_padding(
         ([[1, 2, 0, 0], [3, 0, 0, 0]], [1, 0]),
         ([[0, 0, 1, 2], [0, 0, 0, 3]], [3, 3]),
         ([[1, 0, 2, 0], [0, 1, 0, 3]], [2, 3]),
-        ([[0, 0, 0, 0], [1, 2, 3, 4]], [0, 3]),
+        ([[0, 0, 0, 0], [1, 2, 3, 4]], [None, 3]),
     ],
     ids=["right-padded", "left-padded", "padding inside", "nothing but padding"],
 )
@@ -260,7 +263,8 @@ def test_the_user_position_is_the_last_real_one_and_nothing_else_changes(ids, la
         output = model(ids)
     plain = model(ids)
     changed = (output != plain).any(dim=-1)
-    assert changed.nonzero().tolist() == [[user, step] for user, step in enumerate(last)]
+    expected = [[user, step] for user, step in enumerate(last) if step is not None]
+    assert changed.nonzero().tolist() == expected
     assert torch.equal(output[~changed], plain[~changed])
 
 
@@ -277,7 +281,7 @@ def test_positions_from_last_needs_no_token_ids():
     site = Site("body", positions_from="last")
     with capture(model, site) as captured:
         output = model(IDS)
-        assert hooked(model) == ["body"]
+        assert hooked(model) == ["", "body"]
     assert torch.equal(captured[site], output[:, -1])
 
 
@@ -401,11 +405,11 @@ def test_several_firings_are_captured_one_after_the_other():
         def forward(self, ids):
             return self.body(self.body(self.embedding(ids)) * 10)
 
-    model = Twice()
-    with capture(model, USER) as captured:
+    model, site = Twice(), replace(USER, call="all")
+    with capture(model, site) as captured:
         model(IDS)
     user = model.embedding(IDS)[torch.arange(3), torch.tensor([2, 0, 3])]
-    assert torch.equal(captured[USER], torch.cat([user, user * 10]))
+    assert torch.equal(captured[site], torch.cat([user, user * 10]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -538,7 +542,7 @@ def test_an_inner_block_leaves_the_outer_blocks_stop_alone():
 def test_no_hooks_are_left_after_the_block():
     model = Reader()
     with capture(model, USER), edit(model, USER, lambda rows: rows):
-        assert hooked(model) == ["embedding", "body"]
+        assert hooked(model) == ["", "embedding", "body"]
         model(IDS)
     assert hooked(model) == []
 
@@ -660,7 +664,8 @@ def test_negative_indices_count_from_the_end():
     model = tiny_sasrec().model
     assert get_module(model, "layers.-1") is model.layers[1]
     assert get_module(model, "layers.-2.feed_forward.-1") is model.layers[0].feed_forward[2]
-    for path in ("layers.-3", "layers.2", "layers.0.-1", "", "layers.", "-1"):
+    assert get_module(model, "") is model
+    for path in ("layers.-3", "layers.2", "layers.0.-1", "layers.", "-1"):
         with pytest.raises(SiteError, match="no module"):
             get_module(model, path)
 
@@ -670,7 +675,11 @@ def test_negative_indices_count_from_the_end():
     [
         (lambda x: (x, x), EVERYWHERE, "emits a tuple of 2.*`select`"),
         (lambda x: {"h": x}, replace(EVERYWHERE, select=("x",)), "emits a dict with keys h"),
-        (lambda x: (x,), replace(EVERYWHERE, select=(3,)), r"nothing at select=\(3,\)"),
+        (
+            lambda x: (x,),
+            replace(EVERYWHERE, select=(3,)),
+            r"nothing at select=\(3,\); it emits a tuple",
+        ),
         (lambda x: (x,), replace(EVERYWHERE, select=("x",)), "emits a tuple of 1"),
         (lambda x: None, EVERYWHERE, "emits a NoneType"),
         (lambda x: x[0], EVERYWHERE, r"emits shape \(4, 3\); expected .* 3 axes .* BLH"),
@@ -679,7 +688,7 @@ def test_negative_indices_count_from_the_end():
             Site("body", layout="BH"),
             r"emits shape \(3, 4, 3\); expected .* 2 axes .* BH",
         ),
-        (lambda x: x[:, 1:], USER, r"positions \(3, 3\), but the ids .*\(3, 4\)"),
+        (lambda x: x[:, 1:], USER, r"positions \(3, 3\), but the token ids .*\(3, 4\)"),
         (
             lambda x: torch.nested.as_nested_tensor([x[0], x[1]], layout=torch.jagged),
             EVERYWHERE,

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from steerrec.adapters.sasrec import SASRecRecommender
+from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ModelError
 from steerrec.hooks import Site, TokenIds
 from steerrec.recommender import ItemHead, Recommender, fingerprint, user_vectors
-from steerrec.steering import attach
 
 from .toy_models import hooked, tiny_sasrec
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from steerrec.attachment import attach
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.hooks import Site, TokenIds, edit
 from steerrec.recommender import user_vectors
-from steerrec.steering import Steering, SteerTransform, attach
+from steerrec.steering import Steering, SteerTransform
 
 from .toy_models import hooked, tiny_sasrec
 

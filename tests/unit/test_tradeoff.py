@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
+from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import leave_one_out
 from steerrec.evaluation import Evaluation, evaluate
 from steerrec.sites import Site, TokenIds
-from steerrec.steering import Steering, attach
+from steerrec.steering import Steering
 from steerrec.tradeoff import DEFAULT_ALPHAS, Sweep, SweepPoint, sweep
 
 from .tiny import random_histories, random_recommender
@@ -92,7 +93,8 @@ def test_anywhere_else_it_runs_for_each_and_is_left_without_hooks(rec, split, sa
     sweep(rec, sae, steering, split, site=INSIDE, alphas=(), k=5)
     alone, rec.forwards = rec.forwards, 0
     sweep(rec, sae, steering, split, site=INSIDE, alphas=ALPHAS, k=5)
-    assert rec.forwards == alone * (1 + len(ALPHAS))
+    probes = 2 * len(ALPHAS)  # each attaching, on either split, scores one short history
+    assert rec.forwards == alone * (1 + len(ALPHAS)) + probes
     for module in rec.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

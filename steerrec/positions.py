@@ -1,0 +1,227 @@
+"""Which rows of a site's tensor are its users', in every layout; and those rows (`Firing`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerrec.errors import SiteError
+from steerrec.nested import describe
+from steerrec.sites import Lengths, RealMask, Site, TokenIds
+
+
+@dataclass(frozen=True)
+class Firing:
+    """What a site gives at one firing.
+
+    Attributes
+    ----------
+    rows
+        The vectors at the site's positions, [R, H]. Not to be written to.
+    batch_size
+        Number of histories B in this forward.
+    call
+        Which firing of this forward it is, from 0.
+    tokens
+        The token ids [B, L] of this forward where the site knows them.
+    owners
+        For each row the number of its history, [R]; a number where each history has that many
+        rows, one history after another.
+    """
+
+    rows: Tensor
+    batch_size: int
+    call: int = 0
+    tokens: Tensor | None = None
+    owners: Tensor | int = 1
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """`values` [B], one per history, spread over the rows: [R].
+
+        Raises
+        ------
+        SiteError
+            If there are more or fewer than histories.
+        """
+        if len(values) != self.batch_size:
+            raise SiteError(
+                f"{len(values)} values for a batch of {self.batch_size} histories; expected one "
+                "number or one per history"
+            )
+        if isinstance(self.owners, int):
+            return values if self.owners == 1 else values.repeat_interleave(self.owners, dim=0)
+        return values[self.owners.to(values.device)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's rows are in its tensor.
+
+    Attributes
+    ----------
+    index
+        What picks them out; None for all of them.
+    real
+        False for the row of a history without items, which is never replaced, [R]; None where
+        there is no such thing.
+    """
+
+    index: tuple[Tensor, ...] | None = None
+    real: Tensor | None = None
+
+
+def find_rows(
+    site: Site, tensor: Tensor, seen: tuple[Tensor, ...], call: int
+) -> tuple[Place, Firing]:
+    """Where a site's rows are in its tensor, and what they are.
+
+    Parameters
+    ----------
+    site
+        The site.
+    tensor
+        What it emitted, its axes in the order [B, L, H] (see `oriented`), [B, H], or jagged.
+    seen
+        What came by at `site.positions_from` in this forward, the latest last.
+    call
+        Number of the firing.
+    """
+    source = site.positions_from
+    ids = seen[-1] if seen and isinstance(source, TokenIds) else None
+    if site.layout == "BH":
+        return Place(), Firing(tensor, len(tensor), call, ids)
+    if site.layout == "jagged":
+        return _jagged_rows(site, tensor, seen, call)
+    batch, length, width = tensor.shape
+    if site.positions == "all":
+        return Place(), Firing(tensor.reshape(-1, width), batch, call, ids, owners=length)
+    users = torch.arange(batch, device=tensor.device)
+    if source == "last":
+        index: tuple[Tensor, ...] = (users, torch.full_like(users, length - 1))
+        return Place(index), Firing(tensor[index], batch, call)
+    steps = torch.arange(length, device=tensor.device)
+    if isinstance(source, Lengths):
+        real = steps < _lengths(site, source, seen, batch, tensor.device)[:, None]
+    else:
+        real = _real(site, seen, (batch, length)).to(tensor.device)
+    if site.positions == "real":
+        owners, places = real.nonzero(as_tuple=True)
+        rows = tensor[owners, places]
+        return Place((owners, places)), Firing(rows, batch, call, ids, owners)
+    last = (real * steps).amax(dim=1) if length else users
+    place = Place((users, last), real.any(dim=1))
+    return place, Firing(tensor[users, last], batch, call, ids)
+
+
+def _jagged_rows(
+    site: Site, tensor: Tensor, seen: tuple[Tensor, ...], call: int
+) -> tuple[Place, Firing]:
+    source, device = site.positions_from, tensor.device
+    rows = tensor.values() if tensor.is_nested else tensor
+    ids = seen[-1] if seen and isinstance(source, TokenIds) else None
+    if tensor.is_nested:
+        lengths = _offsets(tensor).diff()
+    elif isinstance(source, Lengths):
+        lengths = _lengths(site, source, seen, None, device)
+    elif isinstance(source, TokenIds | RealMask):
+        lengths = _real(site, seen, None).sum(dim=1).to(device)
+    elif site.positions == "all":
+        return Place(), Firing(rows, len(rows), call)
+    else:
+        raise SiteError(
+            f"site {site.name} emits {describe(tensor)} without offsets; expected positions_from="
+            "Lengths(...) or TokenIds(...) to say where each history ends"
+        )
+    if int(lengths.sum()) != len(rows):
+        raise SiteError(
+            f"site {site.name} emits {len(rows)} rows for histories of {int(lengths.sum())} items; "
+            "expected one row per item: is positions_from the right tensor?"
+        )
+    if site.positions != "user":
+        owners = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        return Place(), Firing(rows, len(lengths), call, ids, owners)
+    if bool((lengths == 0).any()):
+        raise SiteError(
+            f"site {site.name}: a history without items has no user position in a jagged layout; "
+            "expected at least one item in each"
+        )
+    last = lengths.cumsum(0) - 1
+    return Place((last,)), Firing(rows[last], len(lengths), call, ids)
+
+
+def _real(site: Site, seen: tuple[Tensor, ...], shape: tuple[int, int] | None) -> Tensor:
+    """Which positions are real, [B, L], by the latest ids or mask that fit the site's tensor."""
+    source = site.positions_from
+    assert isinstance(source, TokenIds | RealMask)  # Site.__post_init__ saw to it
+    what = "token ids" if isinstance(source, TokenIds) else "mask"
+    if not seen:
+        raise SiteError(
+            f"site {site.name} fired before module {source.path!r} saw any {what}; expected "
+            "positions_from to name a module that runs earlier in the same forward"
+        )
+    for found in reversed(seen):
+        if shape in (None, tuple(found.shape)):
+            if isinstance(source, TokenIds):
+                return found != source.pad_id
+            return (found == 0) if source.padding else (found != 0)
+    raise SiteError(
+        f"site {site.name} has positions {shape}, but the {what} at {source.path!r} has shape "
+        f"{tuple(seen[-1].shape)}; expected the same batch"
+    )
+
+
+def _lengths(
+    site: Site,
+    source: Lengths,
+    seen: tuple[Tensor, ...],
+    batch: int | None,
+    device: torch.device,
+) -> Tensor:
+    """How long each history is, [B]."""
+    if not seen:
+        raise SiteError(
+            f"site {site.name} fired before any lengths were seen at {source.path!r}; expected "
+            "positions_from to name a module that runs earlier in the same forward"
+        )
+    lengths = seen[-1].to(device)
+    if source.offsets:
+        lengths = lengths.diff()
+    if lengths.ndim != 1 or batch not in (None, len(lengths)):
+        raise SiteError(
+            f"site {site.name}: positions_from gives shape {tuple(seen[-1].shape)}; expected one "
+            f"length for each of {batch or 'the'} histories"
+        )
+    return lengths
+
+
+def oriented(site: Site, tensor: Tensor) -> Tensor:
+    """The tensor with its axes in the order [B, L, H]; [B, H] and jagged as they are."""
+    if site.layout == "LBH":
+        return tensor.transpose(0, 1)
+    if site.layout == "BHL":
+        return tensor.transpose(1, 2)
+    return tensor
+
+
+def put_rows(site: Site, emitted: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
+    """A new tensor like `emitted` with the site's rows exchanged."""
+    if emitted.is_nested:
+        values = _put(emitted.values(), place, rows, new_rows)
+        return torch.nested.nested_tensor_from_jagged(values, _offsets(emitted))
+    # a swap of two axes undoes itself
+    return oriented(site, _put(oriented(site, emitted), place, rows, new_rows))
+
+
+def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
+    if place.index is None:  # a copy, laid out as the module did: the model may write into it
+        return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
+    if place.real is not None:
+        new_rows = torch.where(place.real[:, None], new_rows, rows)
+    return tensor.index_put(place.index, new_rows)
+
+
+def _offsets(nested: Tensor) -> Tensor:
+    offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]
+    return offsets
