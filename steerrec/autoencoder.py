@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from steerrec.errors import ArtifactError
 
+FEW_ROWS = 4
+"""Up to so many user vectors the cost of a call counts for more than the work."""
+
 
 class Latents(NamedTuple):
     """The k active latents of each row.
@@ -83,15 +86,20 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """Pre-activations [B, d_sae] of `x` [B, d_in]."""
+    def pre_acts(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Pre-activations [B, d_sae] of `x` [B, d_in].
+
+        `bias` is ``b_enc - b_dec @ W_enc`` where the caller has it already.
+        """
         if x.shape[-1] != self.d_in:
             raise ArtifactError(
                 f"the SAE reads vectors of width {self.d_in}, the site gives {x.shape[-1]}; attach "
                 "it where it was trained, or train one for this site"
             )
         # one matrix product with a fused bias: (x - b_dec) W + b = x W + (b - b_dec W)
-        return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
+        if bias is None:
+            bias = self.b_enc - self.b_dec @ self.W_enc
+        return torch.addmm(bias, x, self.W_enc)
 
     def activate(self, pre_acts: Tensor) -> Latents:
         """ReLU and TopK: the k largest pre-activations of each row, clipped at zero."""
@@ -104,6 +112,10 @@ class SparseAutoencoder(nn.Module):
 
     def directions(self, latents: Latents) -> Tensor:
         """The sum of decoder rows weighted by the latents, without bias: [B, d_in]."""
+        if len(latents.indices) <= 2 * FEW_ROWS:  # embedding_bag would wake threads for them
+            rows = self.W_dec.index_select(0, latents.indices.reshape(-1))
+            picked = rows.view(*latents.indices.shape, -1)  # [B, k, d_in]
+            return (latents.values.unsqueeze(2) * picked).sum(dim=1)
         return F.embedding_bag(
             latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum"
         )

@@ -63,13 +63,16 @@ class Place:
     ----------
     index
         What picks them out; None for all of them.
-    real
-        False for the row of a history without items, which is never replaced, [R]; None where
-        there is no such thing.
+    last
+        Where there is one row for each history: its position, [B]; a number for all of them.
+    items
+        How many real positions each history has, where that is known, [B]: the row of one without
+        any is never replaced.
     """
 
     index: tuple[Tensor, ...] | None = None
-    real: Tensor | None = None
+    last: Tensor | int | None = None
+    items: Tensor | int | None = None
 
 
 def find_rows(
@@ -97,12 +100,10 @@ def find_rows(
     batch, length, width = tensor.shape
     if site.positions == "all":
         return Place(), Firing(tensor.reshape(-1, width), batch, call, ids, owners=length)
-    users = torch.arange(batch, device=tensor.device)
     if source == "last":
-        index: tuple[Tensor, ...] = (users, torch.full_like(users, length - 1))
-        return Place(index), Firing(tensor[index], batch, call)
-    steps = torch.arange(length, device=tensor.device)
+        return Place(last=length - 1), Firing(tensor[:, -1], batch, call)
     if isinstance(source, Lengths):
+        steps = torch.arange(length, device=tensor.device)
         real = steps < _lengths(site, source, seen, batch, tensor.device)[:, None]
     else:
         real = _real(site, seen, (batch, length)).to(tensor.device)
@@ -110,9 +111,14 @@ def find_rows(
         owners, places = real.nonzero(as_tuple=True)
         rows = tensor[owners, places]
         return Place((owners, places)), Firing(rows, batch, call, ids, owners)
-    last = (real * steps).amax(dim=1) if length else users
-    place = Place((users, last), real.any(dim=1))
-    return place, Firing(tensor[users, last], batch, call, ids)
+    if batch == 1 and _may_read(real):  # a single request: Python is faster than five kernels
+        found = real[0].tolist()
+        position = length - 1 - found[::-1].index(True) if True in found else 0
+        place = Place(last=position, items=sum(found))
+        return place, Firing(tensor[:, position], batch, call, ids)
+    items, last = real.cumsum(dim=1).max(dim=1)  # the first of several maxima: the last real one
+    rows = tensor.gather(1, _at(last, width)).squeeze(1)
+    return Place(last=last, items=items), Firing(rows, batch, call, ids)
 
 
 def _jagged_rows(
@@ -215,11 +221,33 @@ def put_rows(site: Site, emitted: Tensor, place: Place, rows: Tensor, new_rows: 
 
 
 def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
-    if place.index is None:  # a copy, laid out as the module did: the model may write into it
-        return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
-    if place.real is not None:
-        new_rows = torch.where(place.real[:, None], new_rows, rows)
-    return tensor.index_put(place.index, new_rows)
+    if isinstance(place.last, int):
+        new = tensor.clone()
+        if place.items != 0:
+            new[:, place.last] = new_rows
+        return new
+    if place.last is not None:
+        if isinstance(place.items, Tensor):
+            new_rows = torch.where((place.items > 0).unsqueeze(1), new_rows, rows)
+        return tensor.scatter(1, _at(place.last, tensor.shape[2]), new_rows.unsqueeze(1))
+    if place.index is not None:
+        return tensor.index_put(place.index, new_rows)
+    # a copy, laid out as the module did: the model may write into it
+    return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether values may be looked at: no GPU has to wait, and no tracer would bake them in."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _at(last: Tensor, width: int) -> Tensor:
+    """Positions [B] as an index into [B, L, H] along L."""
+    return last.view(-1, 1, 1).expand(-1, 1, width)
 
 
 def _offsets(nested: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from steerrec.autoencoder import SparseAutoencoder
+from steerrec.autoencoder import FEW_ROWS, SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
 
 if TYPE_CHECKING:
@@ -133,12 +133,15 @@ class SteerTransform(nn.Module):
         What to do.
     """
 
-    shift: Tensor
+    bias: Tensor  # [d_sae]
+    steps: Tensor  # [2, 1, d_sae]: nothing, and what strength 1 adds
 
     def __init__(self, sae: SparseAutoencoder, steering: Steering) -> None:
         super().__init__()
         # a copy: moving or casting the transform must not touch the caller's SAE
         self.sae = copy.deepcopy(sae).requires_grad_(False)
+        bias = (sae.b_enc - sae.b_dec @ sae.W_enc).detach()  # (x - b_dec) W + b = x W + bias
+        self.register_buffer("bias", bias, persistent=False)
         self._set(steering)
 
     def _set(self, steering: Steering) -> None:
@@ -148,13 +151,16 @@ class SteerTransform(nn.Module):
                 f"{self.sae.d_sae}; use the SAE that it was made with"
             )
         self.steering = steering
-        self.register_buffer("shift", steering.shift.to(self.sae.W_enc, copy=True))
+        shift = steering.shift.to(self.sae.W_enc)
+        steps = torch.stack([torch.zeros_like(shift), shift]).unsqueeze(1)
+        self.register_buffer("steps", steps, persistent=False)
 
     def with_steering(self, steering: Steering) -> SteerTransform:
         """Another recipe on the same SAE, which the two share."""
         twin = SteerTransform.__new__(SteerTransform)
         nn.Module.__init__(twin)
         twin.sae = self.sae
+        twin.register_buffer("bias", self.bias, persistent=False)
         twin._set(steering)
         return twin
 
@@ -173,7 +179,7 @@ class SteerTransform(nn.Module):
                 "it before compiling"
             )
         self.steering = other.steering
-        self.shift.copy_(other.shift)
+        self.steps.copy_(other.steps)
 
     def forward(self, x: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """Steered user vectors.
@@ -192,11 +198,28 @@ class SteerTransform(nn.Module):
                     f"alpha has {len(strength)} values for {len(x)} user vectors; expected one "
                     "number or one per user"
                 )
-            strength = strength.to(self.shift).reshape(-1, 1)
-        with torch.autocast(self.shift.device.type, enabled=False):  # it would mix the dtypes
-            pre_acts = self.sae.pre_acts(x.to(self.shift))  # [B, d_sae]
-            after = self.sae.activate(pre_acts + strength * self.shift)
-            if self.steering.splice == "reconstruct":
-                return self.sae.decode(after).to(x)
-            change = self.sae.directions(after) - self.sae.directions(self.sae.activate(pre_acts))
-            return x + change.to(x)
+            strength = strength.to(self.steps).reshape(-1, 1)
+        if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
+            with torch.autocast(x.device.type, enabled=False):
+                return self._steered(x, strength)
+        return self._steered(x, strength)
+
+    def _steered(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        sae = self.sae
+        pre_acts = sae.pre_acts(x.to(self.steps), self.bias)  # [B, d_sae]
+        if self.steering.splice == "reconstruct":
+            return sae.decode(sae.activate(_moved(pre_acts, self.steps[1], strength))).to(x)
+        if len(x) <= FEW_ROWS:  # one selection and one decode for both
+            both = _moved(pre_acts, self.steps, strength).flatten(0, 1)
+            directions = sae.directions(sae.activate(both))
+            before, after = directions[: len(x)], directions[len(x) :]
+        else:
+            before = sae.directions(sae.activate(pre_acts))
+            after = sae.directions(sae.activate(_moved(pre_acts, self.steps[1], strength)))
+        return x + (after - before).to(x)
+
+
+def _moved(pre_acts: Tensor, steps: Tensor, strength: float | Tensor) -> Tensor:
+    if isinstance(strength, Tensor):
+        return torch.addcmul(pre_acts, strength, steps)
+    return torch.add(pre_acts, steps, alpha=strength)
