@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerrec.errors import ArtifactError
+from steerrec.selection import largest
 
 FEW_ROWS = 4
 """Up to so many user vectors the cost of a call counts for more than the work."""
@@ -103,7 +104,7 @@ class SparseAutoencoder(nn.Module):
 
     def activate(self, pre_acts: Tensor) -> Latents:
         """ReLU and TopK: the k largest pre-activations of each row, clipped at zero."""
-        values, indices = pre_acts.topk(self.k, dim=-1, sorted=False)
+        values, indices = largest(pre_acts, self.k)
         return Latents(values.relu(), indices)
 
     def encode(self, x: Tensor) -> Latents:

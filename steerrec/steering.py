@@ -155,6 +155,11 @@ class SteerTransform(nn.Module):
         steps = torch.stack([torch.zeros_like(shift), shift]).unsqueeze(1)
         self.register_buffer("steps", steps, persistent=False)
 
+    @property
+    def shift(self) -> Tensor:
+        """What strength 1 adds to each pre-activation, [d_sae]."""
+        return self.steps[1, 0]
+
     def with_steering(self, steering: Steering) -> SteerTransform:
         """Another recipe on the same SAE, which the two share."""
         twin = SteerTransform.__new__(SteerTransform)
@@ -209,7 +214,9 @@ class SteerTransform(nn.Module):
         pre_acts = sae.pre_acts(x.to(self.steps), self.bias)  # [B, d_sae]
         if self.steering.splice == "reconstruct":
             return sae.decode(sae.activate(_moved(pre_acts, self.steps[1], strength))).to(x)
-        if len(x) <= FEW_ROWS:  # one selection and one decode for both
+        if (
+            len(x) <= FEW_ROWS and not torch.compiler.is_compiling()
+        ):  # one selection and one decode for both
             both = _moved(pre_acts, self.steps, strength).flatten(0, 1)
             directions = sae.directions(sae.activate(both))
             before, after = directions[: len(x)], directions[len(x) :]
