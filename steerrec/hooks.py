@@ -29,12 +29,16 @@ from steerrec.positions import Firing, find_rows, oriented, put_rows
 from steerrec.sites import Lengths, RealMask, SelectPath, Site, TokenIds, expand, get_module
 
 
-class _Forward(threading.local):
-    """Where the present forward is, in this thread."""
+class _Forward:
+    """Where the present forward is."""
 
     inside = False  # whether a call of the root is under way
     calls = 0  # firings so far
-    seen: tuple[Tensor, ...] = ()  # token ids or lengths, the latest last
+    seen: tuple[Tensor, ...] = ()  # token ids, masks or lengths, the latest last
+
+
+class _ForwardOfThread(_Forward, threading.local):
+    """The same for each thread."""
 
 
 class _Handle(Protocol):
@@ -95,9 +99,8 @@ class SiteHook:
         self.fast_path_off = False
         self._looked = False
         self._function: Callable[[Firing], Tensor | None] | None = function
-        self._forward = _Forward()
-        self._traced_seen: tuple[Tensor, ...] = ()
-        self._traced_calls = 0
+        self._forward = _ForwardOfThread()
+        self._traced_forward = _Forward()
         self._handles: list[_Handle] = []
         try:
             self._hook(model, get_module(model, site.path), mha_fast_path)
@@ -168,20 +171,21 @@ class SiteHook:
 
     # --- one forward and the next
 
+    def _now(self) -> _Forward:
+        """The present forward; torch.compile traces one of its own."""
+        return self._traced_forward if torch.compiler.is_compiling() else self._forward
+
     def _begin(self, _: nn.Module, __: tuple[Any, ...]) -> None:
         if self._function is None:
             return
-        if torch.compiler.is_compiling():
-            self._traced_calls, self._traced_seen = 0, ()
-            return
         self._ran = True
-        now = self._forward
+        now = self._now()
         now.inside, now.calls, now.seen = True, 0, ()
 
     def _end(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
-        if self._function is None or torch.compiler.is_compiling():
+        if self._function is None:
             return
-        now = self._forward
+        now = self._now()
         now.inside, now.seen = False, ()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -190,14 +194,15 @@ class SiteHook:
         seen = self._positions(args, kwargs)
         if seen is None:
             return
-        if torch.compiler.is_compiling():
-            self._traced_seen = (*self._traced_seen, seen)
-            return
         self._ran = True
-        now = self._forward
-        if not now.inside and now.calls > 0:  # the root is bypassed: new ids, a new forward
-            now.calls, now.seen = 0, ()
-        now.seen = (*now.seen[-7:], seen)
+        now = self._now()
+        if now.inside:
+            now.seen = (*now.seen[-7:], seen)
+        elif torch.compiler.is_compiling():  # reading what another forward left would be a guard
+            now.calls, now.seen = 0, (seen,)
+        else:  # the root is bypassed: once the site has fired, new ids are a new forward
+            now.seen = (seen,) if now.calls else (*now.seen[-7:], seen)
+            now.calls = 0
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Token ids, mask or lengths among the arguments of the module that takes them."""
@@ -248,8 +253,7 @@ class SiteHook:
         if call is None:
             return None
         site, emitted = self.site, self._at(value, select)
-        seen = self._traced_seen if torch.compiler.is_compiling() else self._forward.seen
-        place, firing = find_rows(site, oriented(site, emitted), seen, call)
+        place, firing = find_rows(site, oriented(site, emitted), self._now().seen, call)
         if not self._looked and not torch.compiler.is_compiling():
             require_finite(site, firing.rows)
             self._looked = True  # once: looking makes a GPU wait
@@ -268,25 +272,21 @@ class SiteHook:
     def _count(self) -> int | None:
         """Number of this firing in its forward if it counts, None if it is to be passed over."""
         site = self.site
+        now = self._now()
         if torch.compiler.is_compiling():
             self.traced = True
-            call = self._traced_calls
-            self._traced_calls = call + 1
         else:
             self.firings += 1
-            now = self._forward
-            if not now.inside and not isinstance(
-                site.positions_from, TokenIds | Lengths | RealMask
-            ):
-                now.calls = 0  # nothing tells one forward from the next: each firing is one
-                if site.call not in ("only", "all"):
-                    raise SiteError(
-                        f"site {site.name}: call={site.call!r} needs to know where a forward "
-                        "begins, but the model's own forward is bypassed; expected "
-                        "positions_from=TokenIds(...) too, or call='all'"
-                    )
-            call = now.calls
-            now.calls = call + 1
+        if not now.inside and not isinstance(site.positions_from, TokenIds | Lengths | RealMask):
+            now.calls = 0  # nothing tells one forward from the next: each firing is one
+            if site.call not in ("only", "all"):
+                raise SiteError(
+                    f"site {site.name}: call={site.call!r} needs to know where a forward begins, "
+                    "but the model's own forward is bypassed; expected "
+                    "positions_from=TokenIds(...) too, or call='all'"
+                )
+        call = now.calls
+        now.calls = call + 1
         if not self._counts(call):
             return None
         if not torch.compiler.is_compiling():
