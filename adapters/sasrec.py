@@ -196,7 +196,7 @@ class SASRecModel(PreTrainedModel):
         """Scores [B, N] of every item as the next one after `input_ids` [B, L]."""
         hidden = self(input_ids).last_hidden_state
         last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
-        user_vectors = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        user_vectors = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         scores: Tensor = user_vectors @ self.item_matrix.T
         return scores
 

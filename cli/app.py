@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from steerrec.cli.attach import attach
+from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
 from steerrec.cli.layers import layers
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, evaluate, layers, attach, score, steer):
+for command in (demo, train, convert, evaluate, layers, attach, score, steer):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ def attach(
     ] = 200_000,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
+    item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
     time_col: opt.TimeCol = None,
@@ -55,16 +57,13 @@ def attach(
     from steerrec.artifacts import Artifact
     from steerrec.evaluation import reconstruction_cost
     from steerrec.layers import site_at
-    from steerrec.loading import load_recommender, model_record
     from steerrec.training import SAETraining, fit_autoencoder
 
     opt.refuse_existing(output, force, kind="ARTIFACT folder")
     started = time.perf_counter()
-    rec = load_recommender(model, device=device)
-    site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
-    interactions = opt.read_data(
+    read = partial(
+        opt.read_data,
         data,
-        model_record(model).get("data"),
         user_col=user_col,
         item_col=item_col,
         time_col=time_col,
@@ -72,6 +71,8 @@ def attach(
         dedup=dedup,
         format=format,
     )
+    rec, interactions = opt.open_model(model, read, item_map, device)
+    site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
     split = opt.split_for(rec, interactions)
     work = opt.partial(output)
     sae, summary = fit_autoencoder(

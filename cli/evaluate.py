@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option("--split", help="Held-out part.")] = SplitName.test,
     mask_seen: opt.MaskSeen = False,
     device: opt.Device = "cpu",
+    item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
     time_col: opt.TimeCol = None,
@@ -34,13 +36,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy and exposure of the unsteered MODEL over the full catalogue."""
     from steerrec import evaluation
-    from steerrec.loading import load_recommender, model_record
 
-    rec = load_recommender(model, device=device)
-    opt.check_k(k, rec)
-    interactions = opt.read_data(
+    read = partial(
+        opt.read_data,
         data,
-        model_record(model).get("data"),
         user_col=user_col,
         item_col=item_col,
         time_col=time_col,
@@ -48,6 +47,8 @@ def evaluate(
         dedup=dedup,
         format=format,
     )
+    rec, interactions = opt.open_model(model, read, item_map, device)
+    opt.check_k(k, rec)
     found = evaluation.evaluate(
         rec, opt.split_for(rec, interactions), which=split.value, k=k, mask_seen=mask_seen
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,6 +87,10 @@ def _usable(device: str) -> str:
 
 
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", callback=_usable)]
+ItemMap = Annotated[
+    Path | None,
+    typer.Option("--item-map", help="Table of a checkpoint's item numbers and your item ids."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Layer = Annotated[
@@ -158,16 +163,54 @@ def split_for(rec: Recommender, interactions: Interactions) -> Split:
     return leave_one_out(build_histories(interactions, rec.catalogue), len(rec.catalogue))
 
 
+def open_model(
+    model: str,
+    read: Callable[[dict[str, Any] | None], Interactions],
+    item_map: Path | None = None,
+    device: str = "cpu",
+    *,
+    recorded: dict[str, Any] | None = None,
+) -> tuple[Recommender, Interactions]:
+    """A model and the data for it, read as the model recorded it unless `recorded` says otherwise.
+
+    A checkpoint that holds no ids gets those of the item map, or of the data.
+    """
+    from steerrec.data import Catalogue
+    from steerrec.loading import holds_no_items, load_recommender, model_record
+
+    if holds_no_items(model):
+        interactions = read(recorded)
+        if item_map is None:
+            items = Catalogue.from_interactions(interactions)
+        else:
+            items = Catalogue.from_item_map(item_map, interactions)
+        return load_recommender(model, device=device, items=items), interactions
+    if item_map is not None:
+        raise no_item_map(model)
+    rec = load_recommender(model, device=device)
+    return rec, read(model_record(model).get("data") if recorded is None else recorded)
+
+
+def no_item_map(model: str) -> Exception:
+    """The error for an item map beside a model that has its own items."""
+    from steerrec.errors import ModelError
+
+    return ModelError(f"{model} holds its own items; --item-map is for checkpoints without ids")
+
+
 def open_artifact(
-    path: Path, model: str | None, device: str = "cpu"
-) -> tuple[Artifact, Recommender]:
-    """An artifact and the model that it belongs to.
+    path: Path,
+    model: str | None,
+    read: Callable[[dict[str, Any] | None], Interactions],
+    item_map: Path | None,
+    device: str = "cpu",
+) -> tuple[Artifact, Recommender, Interactions]:
+    """An artifact, the model that it belongs to, and the data, read as the artifact recorded.
 
     A path or function that the artifact merely records is shown, never opened or imported.
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
-    from steerrec.loading import load_recommender
 
     artifact = load_artifact(path)
     if model is None:
@@ -176,9 +219,9 @@ def open_artifact(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
             f"word; give it with --model {recorded}"
         )
-    rec = load_recommender(model, device=device)
+    rec, interactions = open_model(model, read, item_map, device, recorded=artifact.data)
     artifact.check(rec)
-    return artifact, rec
+    return artifact, rec, interactions
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,7 @@ def score(
     layer: opt.Layer = None,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
+    item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
     time_col: opt.TimeCol = None,
@@ -43,11 +45,10 @@ def score(
 
     if contrast != "popularity":
         raise DataError(f"unknown contrast {contrast!r}; expected popularity")
-    opened, rec = opt.open_artifact(artifact, model, device)
-    here = opened.at(layer)
-    interactions = opt.read_data(
+
+    read = partial(
+        opt.read_data,
         data,
-        opened.data,
         user_col=user_col,
         item_col=item_col,
         time_col=time_col,
@@ -55,6 +56,8 @@ def score(
         dedup=dedup,
         format=format,
     )
+    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
+    here = opened.at(layer)
     split = opt.split_for(rec, interactions)
     table = score_neurons(
         rec,

@@ -87,6 +87,7 @@ def steer(
     ] = None,
     layer: opt.Layer = None,
     device: opt.Device = "cpu",
+    item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
     time_col: opt.TimeCol = None,
@@ -116,7 +117,18 @@ def steer(
         raise typer.BadParameter("--save goes with one strength, not with --sweep")
     if recipe and (neurons or splice or popsteer_compat):
         raise typer.BadParameter("--recipe says itself which neurons to turn, and how")
-    opened, rec = opt.open_artifact(artifact, model, device)
+
+    read = partial(
+        opt.read_data,
+        data,
+        user_col=user_col,
+        item_col=item_col,
+        time_col=time_col,
+        k_core=k_core,
+        dedup=dedup,
+        format=format,
+    )
+    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
     opt.check_k(k, rec)
     here = opened.at(layer)
     if recipe:
@@ -130,16 +142,6 @@ def steer(
         )
     if alpha is not None:
         steering = steering.with_alpha(alpha)
-    interactions = opt.read_data(
-        data,
-        opened.data,
-        user_col=user_col,
-        item_col=item_col,
-        time_col=time_col,
-        k_core=k_core,
-        dedup=dedup,
-        format=format,
-    )
     sae = here.sae.to(device)
     if sweep:
         from steerrec.tradeoff import DEFAULT_ALPHAS

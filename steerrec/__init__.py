@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable as AttributionTable
     from steerrec.attribution import score_neurons as score_neurons
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
+    from steerrec.capturing import capture as capture
+    from steerrec.conformance import check_conformance as check_conformance
     from steerrec.data import Catalogue as Catalogue
     from steerrec.data import Histories as Histories
     from steerrec.data import build_histories as build_histories
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
-    from steerrec.hooks import capture as capture
     from steerrec.hooks import edit as edit
     from steerrec.layers import layer_report as layer_report
     from steerrec.layers import site_at as site_at
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from steerrec.tradeoff import sweep as sweep
     from steerrec.training import SAETraining as SAETraining
     from steerrec.training import fit_autoencoder as fit_autoencoder
+    from steerrec.wrapping import wrap as wrap
 
 _HOME = {
     "ActivationSampling": "activations",
@@ -71,7 +73,8 @@ _HOME = {
     "TokenIds": "sites",
     "attach": "attachment",
     "build_histories": "data",
-    "capture": "hooks",
+    "capture": "capturing",
+    "check_conformance": "conformance",
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
@@ -89,6 +92,7 @@ _HOME = {
     "site_report": "layers",
     "sweep": "tradeoff",
     "user_vectors": "recommender",
+    "wrap": "wrapping",
 }
 
 __all__ = ["__version__", *_HOME]

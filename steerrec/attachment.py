@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +24,7 @@ from steerrec.data import Histories
 from steerrec.diagnosis import fires_too_often, refuse_last
 from steerrec.errors import SiteError
 from steerrec.hooks import SiteHook
+from steerrec.nested import describe
 from steerrec.positions import Firing
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
@@ -40,7 +45,45 @@ class _Scope:
 
 
 _scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("steerrec_scopes", default=())
+_keys = itertools.count()
 _probing: ContextVar[bool] = ContextVar("steerrec_probing", default=False)
+
+
+@dataclass(frozen=True)
+class _InForce:
+    """What an attachment does for every thread, exchanged as a whole."""
+
+    steering: Steering | None
+    transform: SteerTransform
+    strength: Strength
+    enabled: bool
+    elsewhere: dict[torch.device, SteerTransform] = field(default_factory=dict)
+
+    def transform_on(self, device: torch.device) -> SteerTransform:
+        """The transform on the device of the rows, copied there once."""
+        if self.transform.steps.device == device:
+            return self.transform
+        found = self.elsewhere.get(device)
+        if found is None:
+            found = self.elsewhere[device] = copy.deepcopy(self.transform).to(device)
+        return found
+
+
+_strengths: dict[int, Tensor] = {}
+"""Strengths that compiled graphs read, by attachment.
+
+They are here because torch takes the shape of what it reaches through a module's hooks for a
+constant: with one strength per user each new batch size would be compiled anew.
+"""
+
+
+@dataclass
+class _Graphed:
+    """What else a compiled graph reads, and what changes for it."""
+
+    transform: SteerTransform
+    on: Tensor
+    function: Callable[[Firing], float | Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,18 +144,15 @@ class Attachment:
         self.site = site
         self._is_known_to_fire = firings is not None
         self._latest = threading.local()
-        self._observed: Tensor | None = None
-        nothing = Steering(torch.zeros(sae.d_sae), alpha=0.0)
         first = next(model.parameters(), None)
-        self._home = torch.device("cpu") if first is None else first.device
-        self._transform = SteerTransform(sae, nothing).to(self._home)
-        self._elsewhere: dict[torch.device, SteerTransform] = {}
-        self._on = torch.zeros((), dtype=torch.bool, device=self._home)
-        self._alpha = torch.zeros((), device=self._home)
-        self._strength: Strength = 0.0
-        self._steering: Steering | None = None
-        self._enabled = True
-        self.steering = steering
+        home = torch.device("cpu") if first is None else first.device
+        nothing = SteerTransform(sae, Steering(torch.zeros(sae.d_sae), alpha=0.0)).to(home)
+        self._now = _InForce(None, nothing, 0.0, True)
+        self._key = next(_keys)
+        with torch.inference_mode(False):  # tensors made under it could not be changed outside
+            self._graphed = _Graphed(nothing, torch.zeros((), dtype=torch.bool, device=home))
+            _strengths[self._key] = torch.zeros((), device=home)
+        weakref.finalize(self, _strengths.pop, self._key, None)
         self._hook = SiteHook(
             model,
             site,
@@ -121,54 +161,70 @@ class Attachment:
             last_call=None if firings is None else firings - 1,
         )
         self.site = self._hook.site
+        try:
+            self.steering = steering
+        except BaseException:
+            self.remove()
+            raise
 
     # --- what is in force
 
     @property
     def steering(self) -> Steering | None:
         """The recipe in force; None while observing only. Setting it sets `alpha` too."""
-        return self._steering
+        return self._now.steering
 
     @steering.setter
     def steering(self, steering: Steering | None) -> None:
-        if steering is not None:
-            new = self._transform.with_steering(steering)
-            if getattr(self, "_hook", None) is not None and self._hook.traced:
-                self._transform.copy_from(new)  # a compiled graph keeps these very tensors
-            else:
-                self._transform = new
-            self._elsewhere = {}
-            self.alpha = steering.alpha
-        self._steering = steering
-        self._switch()
+        now = self._now
+        if steering is None:
+            self._put_in_force(replace(now, steering=None))
+            return
+        transform = now.transform.with_steering(steering)
+        if self._hook.traced:
+            self._graphed.transform.copy_from(transform)  # the graph keeps these very tensors
+        else:
+            self._graphed.transform = transform
+        strength = _checked(steering.alpha)
+        self._put_in_force(_InForce(steering, transform, strength, now.enabled))
 
     @property
     def alpha(self) -> Strength:
         """Strength: a number, one per history of a batch [B], or a function of the `Firing`."""
-        return self._strength
+        return self._now.strength
 
     @alpha.setter
     def alpha(self, alpha: Strength) -> None:
-        self._strength = _checked(alpha)
-        if isinstance(alpha, Tensor) and alpha.ndim:
-            self._alpha = alpha.detach().to(self._alpha, copy=True)
-        elif not callable(alpha):
-            if self._alpha.ndim:
-                self._alpha = self._alpha.new_zeros(())
-            self._alpha.fill_(float(alpha))
+        if callable(alpha) and self._hook.traced:
+            raise SiteError(
+                "the model is compiled, and no function can become its alpha any more; expected a "
+                "number or a tensor [B]"
+            )
+        self._put_in_force(replace(self._now, strength=_checked(alpha)))
 
     @property
     def enabled(self) -> bool:
         """Whether the recipe, if there is one, acts."""
-        return self._enabled
+        return self._now.enabled
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._enabled = bool(enabled)
-        self._switch()
+        self._put_in_force(replace(self._now, enabled=bool(enabled)))
 
-    def _switch(self) -> None:
-        self._on.fill_(self._enabled and self._steering is not None)
+    @torch.inference_mode(False)
+    def _put_in_force(self, new: _InForce) -> None:
+        """Exchange everything at once, so that no forward sees half of it."""
+        self._now = new
+        graphed = self._graphed
+        graphed.on.fill_(new.enabled and new.steering is not None)
+        graphed.function = new.strength if callable(new.strength) else None
+        if isinstance(new.strength, Tensor) and new.strength.ndim:
+            strength = new.strength.detach().clone()
+            _strengths[self._key] = strength.to(graphed.on.device, torch.float32)
+        elif not callable(new.strength):
+            if _strengths[self._key].ndim:
+                _strengths[self._key] = torch.zeros((), device=graphed.on.device)
+            _strengths[self._key].fill_(float(new.strength))
 
     @contextmanager
     def scope(
@@ -195,6 +251,11 @@ class Attachment:
         enabled
             Whether to steer at all.
         """
+        if self._hook.traced:
+            raise SiteError(
+                "a compiled model does not see scopes; set the attachment's alpha, or steer user "
+                "vectors with SteerTransform"
+            )
         if alpha is not None:
             _checked(alpha)
         mine = _Scope(self, alpha, users, enabled)
@@ -214,7 +275,7 @@ class Attachment:
     @property
     def latents(self) -> Latents:
         """Active latents of this thread's latest forward pass, before any steering here."""
-        observed: Tensor | None = getattr(self._latest, "rows", self._observed)
+        observed: Tensor | None = getattr(self._latest, "rows", None)
         if observed is None:
             reason = (
                 "a compiled model keeps none: run the plain model"
@@ -235,9 +296,9 @@ class Attachment:
             firings=hook.firings,
             used=hook.used,
             shape=hook.shape,
-            steering=None if self._steering is None else self._steering.name,
-            alpha=self._strength,
-            enabled=self._enabled,
+            steering=None if self.steering is None else self.steering.name,
+            alpha=self.alpha,
+            enabled=self.enabled,
             mha_fast_path_off=hook.fast_path_off,
             compiled=hook.traced,
         )
@@ -254,53 +315,27 @@ class Attachment:
 
     def _on_firing(self, firing: Firing) -> Tensor | None:
         rows = firing.rows
-        if rows.shape[-1] != self.sae.d_in:
-            raise SiteError(
-                f"site {self.site.name} gives vectors of width {rows.shape[-1]}, the SAE reads "
-                f"{self.sae.d_in}; attach it where it was trained"
-            )
+        _check_width(self.site, rows, self.sae.d_in)
         if torch.compiler.is_compiling():
-            alpha = self._alpha if not self._alpha.ndim else firing.per_row(self._alpha)
-            return torch.where(self._on, self._transform(rows, alpha), rows)
+            graphed = self._graphed
+            function = graphed.function
+            alpha = _strengths[self._key] if function is None else function(firing)
+            if isinstance(alpha, Tensor) and alpha.ndim:
+                alpha = firing.per_row(alpha)
+            return torch.where(graphed.on, graphed.transform(rows, alpha), rows)
         if _probing.get():
             return None
-        self._observed = self._latest.rows = rows.detach().clone()
-        steering, strength, users, enabled = self._steering, self._strength, None, self._enabled
+        self._latest.rows = rows.detach().clone()
+        now = self._now
+        strength, users, enabled = now.strength, None, now.enabled
         for scope in _scopes.get():
             if scope.attachment is self:
                 strength = strength if scope.alpha is None else scope.alpha
                 users = users if scope.users is None else scope.users
                 enabled = enabled if scope.enabled is None else scope.enabled
-        if steering is None or not enabled:
+        if now.steering is None or not enabled:
             return None
-        return self._steered(firing, strength, users)
-
-    def _steered(self, firing: Firing, strength: Strength, users: Users | None) -> Tensor:
-        rows = firing.rows
-        if callable(strength):
-            strength = _checked(strength(firing))
-        if isinstance(strength, Tensor) and strength.ndim:
-            strength = firing.per_row(strength)
-        assert not callable(strength)
-        steered: Tensor = self._transform_on(rows.device)(rows, strength)
-        if users is None:
-            return steered
-        mask = users(firing) if callable(users) else users
-        if mask.dtype != torch.bool or mask.ndim != 1:
-            raise SiteError(
-                f"users is a {mask.dtype} tensor {tuple(mask.shape)}; expected a boolean for each "
-                f"of the {firing.batch_size} histories of the batch"
-            )
-        return torch.where(firing.per_row(mask).to(rows.device)[:, None], steered, rows)
-
-    def _transform_on(self, device: torch.device) -> SteerTransform:
-        if device == self._home:
-            return self._transform
-        found = self._elsewhere.get(device)
-        if found is None:
-            found = SteerTransform(self.sae, self._transform.steering).to(device)
-            self._elsewhere[device] = found
-        return found
+        return _steered(now.transform_on(rows.device), firing, strength, users)
 
     def __enter__(self) -> Self:
         return self
@@ -323,6 +358,30 @@ class Attachment:
         )
 
 
+def _steered(
+    transform: SteerTransform, firing: Firing, strength: Strength, users: Users | None
+) -> Tensor:
+    rows = firing.rows
+    if callable(strength):
+        strength = _checked(strength(firing))
+    if isinstance(strength, Tensor) and strength.ndim:
+        strength = firing.per_row(strength)
+    assert not callable(strength)
+    steered: Tensor = transform(rows, strength)
+    if users is None:
+        return steered
+    mask: Any = users(firing) if callable(users) else users
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
+        kind = describe(mask)
+        if isinstance(mask, Tensor):
+            kind = f"a {mask.dtype} tensor {tuple(mask.shape)}"
+        raise SiteError(
+            f"users is {kind}; expected a boolean tensor, one value for each of the "
+            f"{firing.batch_size} histories of the batch"
+        )
+    return torch.where(firing.per_row(mask).to(rows.device)[:, None], steered, rows)
+
+
 def _checked(alpha: Any) -> Any:
     """A strength that is usable, or an error that says what one is."""
     if callable(alpha):
@@ -334,6 +393,8 @@ def _checked(alpha: Any) -> Any:
             f"alpha is a tensor {tuple(alpha.shape)}; expected one finite number, or one per "
             "history of the batch [B]"
         )
+    if isinstance(alpha, np.floating | np.integer):
+        alpha = alpha.item()
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise SiteError(
             f"alpha is {alpha!r}; expected a finite number, a tensor [B] or a function of a Firing"
@@ -396,7 +457,7 @@ def attach(
         refuse_last(site)
         return Attachment(model, sae, site, steering, mha_fast_path=mha_fast_path)
     site = site or model.site
-    firings = count_firings(model, site, mha_fast_path=mha_fast_path)
+    firings = count_firings(model, site, width=sae.d_in, mha_fast_path=mha_fast_path)
     return Attachment(
         model.model,
         sae,
@@ -408,26 +469,49 @@ def attach(
 
 
 @torch.no_grad()
-def count_firings(rec: Recommender, site: Site, *, mha_fast_path: bool | None = None) -> int:
+def count_firings(
+    rec: Recommender,
+    site: Site,
+    *,
+    width: int | None = None,
+    mha_fast_path: bool | None = None,
+) -> int:
     """How often a site fires while a recommender scores one short history.
 
     Raises
     ------
     SiteError
-        If the site does not fire as its `call` says, or emits values that are not finite.
+        If the site does not fire as its `call` says, or emits values that are not finite or, where
+        that is given, not of this width.
     """
     short = Histories.from_lists([list(range(min(3, len(rec.catalogue))))])
-    # other attachments on the model must neither see nor steer this
-    token = _probing.set(True)
+
+    def look(firing: Firing) -> None:
+        if width is not None:
+            _check_width(site, firing.rows, width)
+
+    token = _probing.set(True)  # other attachments on the model neither see nor steer this
     try:
         with (
             torch.random.fork_rng(devices=[]),
-            SiteHook(rec.model, site, lambda _: None, mha_fast_path=mha_fast_path) as hook,
+            SiteHook(
+                rec.model, site, look, mha_fast_path=mha_fast_path, thread=threading.get_ident()
+            ) as hook,
         ):
             rec.score(rec.make_batch(short))
     finally:
         _probing.reset(token)
     hook.require_fired()
-    if site.call == "only" and hook.firings > 1:
+    forwards = hook.forwards
+    uncounted = site.call == "only" and not forwards.counts_apart and site.method is None
+    if uncounted and hook.firings > 1:
         raise SiteError(fires_too_often(site, hook.firings))
-    return hook.firings
+    return forwards.most_calls
+
+
+def _check_width(site: Site, rows: Tensor, width: int) -> None:
+    if rows.shape[-1] != width:
+        raise SiteError(
+            f"site {site.name} gives vectors of width {rows.shape[-1]}, the SAE reads {width}; "
+            "attach it where it was trained"
+        )

@@ -6,22 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from steerrec.errors import SiteError
-from steerrec.sites import Site, get_module
+from steerrec.sites import Site, get_module, is_wrapper
 
 
 def refuse_compiled(model: nn.Module, path: str) -> None:
     """Raise if torch.compile has been applied to a module on the way from the root to `path`."""
-    compiled = hasattr(model, "_orig_mod")
-    parts = path.split(".") if path else []
-    for depth in range(len(parts) + 1):
-        module = get_module(model, ".".join(parts[:depth]))
-        compiled |= module._compiled_call_impl is not None
-    if compiled:
-        raise SiteError(
-            f"{type(get_module(model, '')).__name__} is already compiled, and torch ignores hooks "
-            "that come later; attach to the plain model first, then call torch.compile: strength "
-            "and on/off can still change afterwards"
-        )
+    module, parts = model, [part for part in path.split(".") if part]
+    while True:
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise SiteError(
+                f"{type(get_module(model, '')).__name__} is already compiled, and torch ignores "
+                "hooks that come later; attach to the plain model first, then call torch.compile: "
+                "strength and on/off can still change afterwards"
+            )
+        inner = module._modules.get("module") if is_wrapper(module) else None
+        if inner is not None:
+            module = inner
+            continue
+        if not parts:
+            return
+        part = parts.pop(0)
+        if part.startswith("-"):
+            part = str(len(module) + int(part))  # type: ignore[arg-type]
+        child = module._modules.get(part)
+        if child is not None:  # None: the name of a wrapper that is not here
+            module = child
 
 
 def fires_too_often(site: Site, firings: int) -> str:

@@ -17,6 +17,10 @@ class ModelError(SteerrecError):
     """A recommender cannot be loaded, or does not behave as its adapter promises."""
 
 
+class CheckpointError(ModelError):
+    """A checkpoint of another library is damaged, hostile, or of a kind that is not read."""
+
+
 class SiteError(SteerrecError):
     """A site does not exist, never fires, or emits something an SAE cannot be attached to."""
 

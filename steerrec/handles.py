@@ -96,7 +96,8 @@ def hook_method(
     with _lock:
         watched = module.__dict__.get(name)
         if not isinstance(watched, WatchedMethod):
-            if not callable(getattr(module, name, None)):
+            method = getattr(module, name, None)
+            if not callable(method) or isinstance(method, nn.Module):
                 raise SiteError(
                     f"{type(module).__name__} has no method {name!r}; expected the name of a "
                     "method that the model calls while it scores"
@@ -114,19 +115,19 @@ class FastPathOff:
     """torch's fast path for multi-head attention, off from now until `remove`.
 
     The switch is global to the process, so it is counted: the last one to go restores what the
-    first one found. It goes by itself with its owner.
+    first one found. It goes by itself when nobody holds it any more.
     """
 
     _count = 0
     _found = True
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self) -> None:
         with _lock:
             if FastPathOff._count == 0:
                 FastPathOff._found = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
             FastPathOff._count += 1
-        self.remove = weakref.finalize(owner, FastPathOff._give_back)
+            self.remove = weakref.finalize(self, FastPathOff._give_back)
+            torch.backends.mha.set_fastpath_enabled(False)
 
     @classmethod
     def _give_back(cls) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steerrec.capturing import capture
 from steerrec.data import Histories
 from steerrec.diagnosis import why_silent
 from steerrec.errors import SiteError
 from steerrec.handles import FastPathOff, needs_fast_path_off
-from steerrec.hooks import capture
 from steerrec.nested import describe, tensors_in
 from steerrec.recommender import Recommender
-from steerrec.sites import Call, Layout, SelectPath, Site, TokenIds, get_module
+from steerrec.sites import Call, Layout, SelectPath, Site, get_module
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def layer_report(model: nn.Module, run: Callable[[], object]) -> list[LayerRepor
 
     try:
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
-            handles.append(FastPathOff(handles))
+            handles.append(FastPathOff())
         for path, module in modules:
             handles.append(module.register_forward_pre_hook(watch_input, with_kwargs=True))
             handles.append(module.register_forward_hook(watch_output(path)))
@@ -188,7 +188,7 @@ def _judged(
     if not report.finite:
         return replace(report, reason="emits values that are not finite")
     if report.layout is None:
-        return replace(report, reason="the order of its axes is not clear from its shape")
+        return replace(report, reason="not one vector for each item or history, by its shape")
     if seen.firings > 1:
         notes.append(f"fires {seen.firings} times: set call")
     if report.mutated:
@@ -201,7 +201,7 @@ def _judged(
 def _layout(shape: tuple[int, ...], ids: tuple[int, int] | None) -> Layout | None:
     """Axis order of a tensor of vectors, for token ids of shape [B, L]."""
     if len(shape) == 2:
-        return "BH" if ids is None or shape[0] == ids[0] else "jagged"
+        return "BH" if ids is None or shape[0] == ids[0] else None
     if len(shape) != 3 or ids is None:
         return None
     batch, length = ids
@@ -228,30 +228,24 @@ def site_report(rec: Recommender, *, histories: Histories | None = None) -> Site
     batch = rec.make_batch(_probe(rec) if histories is None else histories)
     layers = layer_report(rec.model, lambda: rec.score(batch))
     scores = rec.score(batch)
-    rated = [
-        replace(layer, score_error=_score_error(rec, layer, batch, scores)) for layer in layers
-    ]
+    places = {layer.path: place for layer in layers if (place := _place(rec, layer)) is not None}
+    errors = {path: _error_at(rec, place, batch, scores) for path, place in places.items()}
+    rated = [replace(layer, score_error=errors.get(layer.path)) for layer in layers]
     own = _error_at(rec, rec.site, batch, scores)
-    close = 1e-4 * max(1.0, float(scores.abs().max()))
+    close = 1e-4 * max(1.0, float(scores[scores.isfinite()].abs().max()))
     if own is not None and own <= close:
         reason = (
-            f"its vector times the item matrix gives the model's own scores (largest difference "
+            "its vector times the item matrix gives the model's own scores (largest difference "
             f"{own:.1g})"
         )
         return SiteReport(rated, rec.site, reason)
-    exact = [
-        layer for layer in rated if layer.score_error is not None and layer.score_error <= close
-    ]
-    if exact:
-        best = exact[-1]
-        site = replace(
-            rec.site, path=best.path, select=best.select, layout=best.layout or "BLH", method=None
-        )
-        reason = (
-            f"{best.path}, not the adapter's {rec.site.name}, gives the model's own scores when "
-            f"multiplied with the item matrix (largest difference {best.score_error:.1g})"
-        )
-        return SiteReport(rated, site, reason)
+    for path, error in reversed(errors.items()):
+        if error is not None and error <= close:
+            reason = (
+                f"{path}, not the adapter's {rec.site.name}, gives the model's own scores when "
+                f"multiplied with the item matrix (largest difference {error:.1g})"
+            )
+            return SiteReport(rated, places[path], reason)
     found = "it cannot be read" if own is None else f"the largest difference is {own:.3g}"
     reason = (
         f"the adapter names it, but no layer's vector times the item matrix gives the model's "
@@ -281,6 +275,10 @@ def site_at(
     SiteError
         If there is no such layer, or no SAE can be attached to it; the message says why.
     """
+    if not path:
+        raise SiteError(
+            "the model itself is no layer; expected the path of one (`steerrec layers` lists them)"
+        )
     if path == rec.site.path:
         return replace(rec.site, call=call) if call != "only" else rec.site
     module = get_module(rec.model, path)
@@ -308,23 +306,22 @@ def _probe(rec: Recommender) -> Histories:
     return Histories.from_lists([rng.integers(items, size=n).tolist() for n in lengths])
 
 
-def _score_error(rec: Recommender, layer: LayerReport, batch: Any, scores: Tensor) -> float | None:
-    if not layer.usable or layer.shape is None or layer.layout is None or layer.layout == "jagged":
+def _place(rec: Recommender, layer: LayerReport) -> Site | None:
+    """The site of a layer that could emit what the item head scores."""
+    if not layer.usable or layer.shape is None or layer.layout is None:
         return None
-    width = layer.shape[1] if layer.layout == "BHL" else layer.shape[-1]
-    if width != rec.item_head.width:
+    if layer.shape[1 if layer.layout == "BHL" else -1] != rec.item_head.width:
         return None
     try:
-        site = Site(
+        return Site(
             layer.path,
             select=layer.select,
             layout=layer.layout,
             positions_from=rec.site.positions_from,
-            call="last" if isinstance(rec.site.positions_from, TokenIds) else "all",
+            call="only" if layer.firings == 1 else layer.firings - 1,
         )
-    except SiteError:  # the recommended site is [B, H]: nothing says where users are
+    except SiteError:  # the adapter's site is [B, H]: nothing says where users are
         return None
-    return _error_at(rec, site, batch, scores)
 
 
 def _error_at(rec: Recommender, site: Site, batch: Any, scores: Tensor) -> float | None:
@@ -335,6 +332,8 @@ def _error_at(rec: Recommender, site: Site, batch: Any, scores: Tensor) -> float
         vectors = captured[site]
         if vectors.shape != (len(scores), rec.item_head.width):
             return None
-        return float((rec.item_head.scores(vectors) - scores).abs().max())
+        difference = (rec.item_head.scores(vectors) - scores).abs()
     except SiteError:
         return None
+    told = scores.isfinite()  # a model may mask what it does not recommend
+    return float(difference[told].max()) if 2 * int(told.sum()) > told.numel() else None

@@ -11,17 +11,23 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from steerrec.data import Catalogue
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BUILT_IN = {"sasrec": "steerrec.adapters.sasrec:load"}
+_BUILT_IN = {
+    "sasrec": "steerrec.adapters.sasrec:load",
+    "recbole": "steerrec.adapters.recbole_checkpoint:load",
+}
 _MODEL_TYPES = {"steerrec_sasrec": "sasrec"}
 
 
-def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Recommender:
+def load_recommender(
+    spec: str | Path, *, device: str = "cpu", items: Catalogue | None = None, **hub: Any
+) -> Recommender:
     """Load a recommender.
 
     Parameters
@@ -32,6 +38,9 @@ def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Re
         and called: give only one that you trust.
     device
         Where the model goes.
+    items
+        The items in the order of the model's own ids, for a checkpoint of another library, which
+        does not hold them.
     **hub
         `revision`, `token`, `cache_dir`, `local_files_only`, for a Hub repository.
 
@@ -43,6 +52,10 @@ def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Re
     text = str(spec)
     path = Path(spec)
     recover_folder(path)
+    if items is not None:
+        if not holds_no_items(text):
+            raise ModelError(f"{text} holds its own items; expected no others, nor an item map")
+        hub["items"] = items
     if path.is_dir():
         return _adapter(_adapter_of_folder(path))(path, device=device)
     name, _, rest = text.partition(":")
@@ -61,6 +74,12 @@ def load_recommender(spec: str | Path, *, device: str = "cpu", **hub: Any) -> Re
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "
         f"'org/name', pkg.module:function, or {known}"
     )
+
+
+def holds_no_items(spec: str | Path) -> bool:
+    """Whether a model is given as ``adapter:path``, a checkpoint that knows numbers, not ids."""
+    name, _, rest = str(spec).partition(":")
+    return bool(rest) and name not in ("", "sasrec") and name in _adapter_targets()
 
 
 def model_record(spec: str | Path) -> dict[str, Any]:

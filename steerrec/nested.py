@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from steerrec.errors import SiteError
 from steerrec.sites import SelectPath
@@ -22,6 +23,8 @@ def get_in(value: Any, select: SelectPath) -> Any:
         If nothing is there; the message says what is.
     """
     for key in select:
+        if isinstance(value, PackedSequence):
+            return value
         if isinstance(value, Tensor):
             raise SiteError(
                 f"select={select!r} goes on inside {describe(value)}; expected it to end there"
@@ -29,7 +32,7 @@ def get_in(value: Any, select: SelectPath) -> Any:
         try:
             value = getattr(value, str(key)) if _by_attribute(value, key) else value[key]
         except (KeyError, IndexError, TypeError) as error:
-            raise SiteError(f"nothing at select={select!r}; it emits {describe(value)}") from error
+            raise SiteError(f"nothing at select={select!r} in {describe(value)}") from error
     return value
 
 
@@ -72,6 +75,8 @@ def tensors_in(value: Any, select: SelectPath = ()) -> Iterator[tuple[SelectPath
     elif isinstance(value, Mapping):
         for key, child in value.items():
             yield from tensors_in(child, (*select, key))
+    elif isinstance(value, PackedSequence):
+        return  # its rows are in the order of time, not of histories
     elif isinstance(value, tuple | list):
         for index, child in enumerate(value):
             yield from tensors_in(child, (*select, index))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerrec.errors import SiteError
+from steerrec.graphs import is_graphed
 from steerrec.nested import describe
 from steerrec.sites import Lengths, RealMask, Site, TokenIds
 
@@ -45,10 +46,10 @@ class Firing:
         SiteError
             If there are more or fewer than histories.
         """
-        if len(values) != self.batch_size:
+        if values.shape[0] != self.batch_size:
             raise SiteError(
-                f"{len(values)} values for a batch of {self.batch_size} histories; expected one "
-                "number or one per history"
+                f"{values.shape[0]} values for a batch of {self.batch_size} histories; expected "
+                "one number or one per history"
             )
         if isinstance(self.owners, int):
             return values if self.owners == 1 else values.repeat_interleave(self.owners, dim=0)
@@ -94,14 +95,16 @@ def find_rows(
     source = site.positions_from
     ids = seen[-1] if seen and isinstance(source, TokenIds) else None
     if site.layout == "BH":
-        return Place(), Firing(tensor, len(tensor), call, ids)
+        return Place(), Firing(tensor, tensor.shape[0], call, ids)
     if site.layout == "jagged":
         return _jagged_rows(site, tensor, seen, call)
     batch, length, width = tensor.shape
     if site.positions == "all":
         return Place(), Firing(tensor.reshape(-1, width), batch, call, ids, owners=length)
+    if length == 0:
+        raise SiteError(f"site {site.name} emits histories of length 0; expected items in them")
     if source == "last":
-        return Place(last=length - 1), Firing(tensor[:, -1], batch, call)
+        return Place(last=-1), Firing(tensor[:, -1], batch, call)
     if isinstance(source, Lengths):
         steps = torch.arange(length, device=tensor.device)
         real = steps < _lengths(site, source, seen, batch, tensor.device)[:, None]
@@ -111,7 +114,9 @@ def find_rows(
         owners, places = real.nonzero(as_tuple=True)
         rows = tensor[owners, places]
         return Place((owners, places)), Firing(rows, batch, call, ids, owners)
-    if batch == 1 and _may_read(real):  # a single request: Python is faster than five kernels
+    if (
+        not is_graphed() and batch == 1 and real.device.type == "cpu"
+    ):  # a single request: Python is faster than five kernels
         found = real[0].tolist()
         position = length - 1 - found[::-1].index(True) if True in found else 0
         place = Place(last=position, items=sum(found))
@@ -134,7 +139,7 @@ def _jagged_rows(
     elif isinstance(source, TokenIds | RealMask):
         lengths = _real(site, seen, None).sum(dim=1).to(device)
     elif site.positions == "all":
-        return Place(), Firing(rows, len(rows), call)
+        return Place(), Firing(rows, rows.shape[0], call)
     else:
         raise SiteError(
             f"site {site.name} emits {describe(tensor)} without offsets; expected positions_from="
@@ -234,15 +239,6 @@ def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor
         return tensor.index_put(place.index, new_rows)
     # a copy, laid out as the module did: the model may write into it
     return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
-
-
-def _may_read(tensor: Tensor) -> bool:
-    """Whether values may be looked at: no GPU has to wait, and no tracer would bake them in."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def _at(last: Tensor, width: int) -> Tensor:

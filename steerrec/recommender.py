@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steerrec.capturing import capture
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError
-from steerrec.hooks import capture
 from steerrec.sites import Site, get_module
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steerrec.graphs import is_graphed
+
 GROUP = 4
 """How many entries one maximum stands for, at each level."""
 
@@ -33,11 +35,11 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = values.shape
     if (
-        rows < MANY_ROWS
+        is_graphed()
+        or rows < MANY_ROWS
         or width % GROUP**2
         or width // GROUP**2 < 2 * k
         or values.device.type != "cpu"
-        or torch.compiler.is_compiling()
     ):
         entries, indices = values.topk(k, dim=-1, sorted=False)
         return entries, indices

@@ -31,14 +31,22 @@ class TokenIds:
     Attributes
     ----------
     path
-        Dotted path of a module whose first integer input is the token ids [B, L] of the same
-        forward, usually the item embedding.
+        Dotted path of a module that the token ids [B, L] enter in the same forward, usually the
+        item embedding.
     pad_id
         The id of padding.
+    select
+        Which argument holds them: its position or keyword first, then as in `Site.select`. Needed
+        only where several integer tensors enter.
     """
 
     path: str
     pad_id: int = 0
+    select: SelectPath = ()
+
+    def __post_init__(self) -> None:
+        _check_path(self, self.path)
+        object.__setattr__(self, "select", _as_select(self.select))
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class Lengths:
     offsets: bool = False
     method: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_path(self, self.path)
+        object.__setattr__(self, "select", _as_select(self.select))
+
 
 @dataclass(frozen=True)
 class RealMask:
@@ -89,6 +101,10 @@ class RealMask:
     select: SelectPath
     padding: bool = False
     method: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_path(self, self.path)
+        object.__setattr__(self, "select", _as_select(self.select))
 
 
 PositionsFrom = TokenIds | Lengths | RealMask | Literal["last"]
@@ -140,13 +156,21 @@ class Site:
     method: str | None = None
 
     def __post_init__(self) -> None:
+        _check_path(self, self.path)
+        object.__setattr__(self, "select", _as_select(self.select))
         _one_of("at", self.at, ("output", "input"))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("positions", self.positions, get_args(Positions))
         if not isinstance(self.call, int) or isinstance(self.call, bool) or self.call < 0:
             _one_of("call", self.call, (*get_args(Call), "a number from 0"))
-        if self.method is not None and not self.method.isidentifier():
+        if self.method is not None and not str(self.method).isidentifier():
             raise SiteError(f"a site's method is the name of one; got {self.method!r}")
+        source = self.positions_from
+        if not (source in (None, "last") or isinstance(source, TokenIds | Lengths | RealMask)):
+            raise SiteError(
+                f"a site's positions_from is TokenIds(...), RealMask(...), Lengths(...), 'last' or "
+                f"None; got {source!r}"
+            )
         if self.layout == "BH" or self.positions == "all":
             return
         if self.positions_from is None and self.layout != "jagged":
@@ -185,7 +209,9 @@ class Site:
         """
         values = {**asdict(self), "select": list(self.select)}
         source = self.positions_from
-        if isinstance(source, Lengths | RealMask):
+        if isinstance(source, TokenIds) and not source.select:
+            values["positions_from"] = {"path": source.path, "pad_id": source.pad_id}
+        elif isinstance(source, TokenIds | Lengths | RealMask):
             kind = {"kind": type(source).__name__}
             values["positions_from"] = kind | asdict(source) | {"select": list(source.select)}
         added = {"call": "only", "method": None}
@@ -217,6 +243,21 @@ class Site:
         return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def _as_select(select: Any) -> SelectPath:
+    """A path into nested values as a tuple."""
+    if isinstance(select, list | tuple) and all(type(key) in (int, str) for key in select):
+        return tuple(select)
+    raise SiteError(
+        f"select is a tuple of keys, names and indices, such as (0,) or ('hidden', -1); got "
+        f"{select!r}"
+    )
+
+
+def _check_path(where: object, path: object) -> None:
+    if not isinstance(path, str):
+        raise SiteError(f"the path of a {type(where).__name__} is text; got {path!r}")
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SiteError(f"a site's {name} is one of {', '.join(allowed)}; got {value!r}")
@@ -239,7 +280,7 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
             part = str(len(module) + int(part))
         child = module._modules.get(part)
         if child is None:
-            if module is _unwrapped(model) and part in WRAPPERS:
+            if part in WRAPPERS:
                 continue  # the path was noted on a wrapped model
             raise _unknown(model, path)
         module = _unwrapped(child)
@@ -261,29 +302,40 @@ def expand(model: nn.Module, site: Site) -> list[Site]:
         return [site]
     root = _unwrapped(model)
     names = [name for name, _ in root.named_modules() if name]
-    pattern = _counted_from_the_end(root, site.path)
+    pattern = _counted_from_the_end(model, site.path)
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if site.path in names:
         found = [site.path]
+    while not found and pattern.startswith(tuple(f"{wrapper}." for wrapper in WRAPPERS)):
+        pattern = pattern.partition(".")[2]  # it was noted on a wrapped model
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise _unknown(model, site.path)
     return [replace(site, path=name) for name in found]
 
 
-def _counted_from_the_end(root: nn.Module, pattern: str) -> str:
+def _counted_from_the_end(model: nn.Module, pattern: str) -> str:
     """The pattern with each `-1` that follows a plain path made a plain index."""
     parts = pattern.split(".")
     for i, part in enumerate(parts):
-        if re.fullmatch(r"-\d+", part) and not re.search(r"[*?[]", ".".join(parts[:i])):
-            parts[i] = str(len(get_module(root, ".".join(parts[:i]))) + int(part))  # type: ignore[arg-type]
+        before = ".".join(parts[:i])
+        if re.fullmatch(r"-\d+", part) and not re.search(r"[*?[]", before):
+            container = get_module(model, before)
+            if not isinstance(container, nn.ModuleList | nn.Sequential):
+                raise _unknown(model, pattern)
+            parts[i] = str(len(container) + int(part))
     return ".".join(parts)
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module only runs another one, in parallel."""
+    return isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(module, wrappers):
-            module = module.module
+        if is_wrapper(module):
+            module = module.module  # type: ignore[assignment]
         elif "_orig_mod" in module._modules:
             inner = module._modules["_orig_mod"]
             assert inner is not None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steerrec.autoencoder import FEW_ROWS, SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
+from steerrec.graphs import is_graphed
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
@@ -144,6 +145,7 @@ class SteerTransform(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self._set(steering)
 
+    @torch.inference_mode(False)  # tensors made under it could not be changed outside
     def _set(self, steering: Steering) -> None:
         if len(steering.shift) != self.sae.d_sae:
             raise ArtifactError(
@@ -196,12 +198,15 @@ class SteerTransform(nn.Module):
         alpha
             Strength: one number, or one per user [B]; the recipe's own by default.
         """
+        if x.ndim != 2:
+            raise ValueError(f"got shape {tuple(x.shape)}; expected user vectors [B, H]")
         strength = self.steering.alpha if alpha is None else alpha
         if isinstance(strength, Tensor):
-            if strength.ndim == 1 and len(strength) != len(x):
+            if strength.ndim > 1 or (strength.ndim == 1 and strength.shape[0] != x.shape[0]):
+                given = f"{len(strength)} values" if strength.ndim == 1 else "more than one axis"
                 raise ValueError(
-                    f"alpha has {len(strength)} values for {len(x)} user vectors; expected one "
-                    "number or one per user"
+                    f"alpha has {given} for {len(x)} user vectors; expected one number or one per "
+                    "user"
                 )
             strength = strength.to(self.steps).reshape(-1, 1)
         if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
@@ -214,9 +219,8 @@ class SteerTransform(nn.Module):
         pre_acts = sae.pre_acts(x.to(self.steps), self.bias)  # [B, d_sae]
         if self.steering.splice == "reconstruct":
             return sae.decode(sae.activate(_moved(pre_acts, self.steps[1], strength))).to(x)
-        if (
-            len(x) <= FEW_ROWS and not torch.compiler.is_compiling()
-        ):  # one selection and one decode for both
+        if not is_graphed() and len(x) <= FEW_ROWS:
+            # one selection and one decode for both
             both = _moved(pre_acts, self.steps, strength).flatten(0, 1)
             directions = sae.directions(sae.activate(both))
             before, after = directions[: len(x)], directions[len(x) :]

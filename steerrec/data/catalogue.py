@@ -59,6 +59,41 @@ class Catalogue:
         return catalogue.with_counts(np.bincount(train.items, minlength=num_items))
 
     @classmethod
+    def from_item_map(
+        cls, path: str | os.PathLike[str], interactions: Interactions | None = None
+    ) -> Catalogue:
+        """The items in the order of another library's own numbers, which a table gives.
+
+        Parameters
+        ----------
+        path
+            CSV, TSV or Parquet with a header: a column of numbers 1..N or 0..N-1 (`index`, or the
+            first column), then one of external ids; `title` (or `name`) and further columns are
+            kept.
+        interactions
+            Training counts are those of the leave-one-out training part of these.
+
+        Raises
+        ------
+        DataError
+            If the file is missing or no such table, or knows none of the items of `interactions`.
+        """
+        frame = _item_map(Path(path))
+        catalogue = cls(frame)
+        if interactions is None:
+            return catalogue
+        ids = interactions.item_ids
+        known = catalogue.rows_of(ids) >= 0
+        if not known.any():
+            raise DataError(
+                f"none of the {len(ids):,} items of the data is in {path}, whose ids are such as "
+                f"{catalogue.item_ids[0]!r}; expected the ids of the data, such as {ids[0]!r}"
+            )
+        histories = build_histories(interactions, catalogue)
+        train = histories.cut(held_back(histories))
+        return catalogue.with_counts(np.bincount(train.items, minlength=len(catalogue)))
+
+    @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Catalogue:
         """Read what `write` wrote.
 
@@ -137,6 +172,45 @@ class Catalogue:
         if len(values) != len(self):
             raise DataError(f"{len(values)} counts for {len(self)} items; expected one each")
         return Catalogue(self.frame.with_columns(values))
+
+
+def _item_map(path: Path) -> pl.DataFrame:
+    """The frame of a catalogue from a table of numbers and ids."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a table of item numbers and ids")
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pl.read_parquet(path)
+        else:
+            separator = "\t" if path.suffix.lower() in (".tsv", ".txt") else ","
+            table = pl.read_csv(path, separator=separator, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(f"{path} cannot be read as a table: {reason}") from error
+    number = "index" if "index" in table.columns else next(iter(table.columns), "")
+    others = [name for name in table.columns if name != number]
+    if not others or table.is_empty() or not table[number].dtype.is_integer():
+        raise DataError(
+            f"{path} has columns {', '.join(table.columns) or 'none'}; expected a column of whole "
+            "numbers, 'index' or the first one, then one of item ids"
+        )
+    table = table.sort(number)
+    start = int(table[number][0] or 0)
+    if start not in (0, 1) or not np.array_equal(
+        table[number].to_numpy(), np.arange(start, start + table.height)
+    ):
+        raise DataError(f"{path}: {number} is not 1..{table.height} or 0..{table.height - 1}")
+    ids = table[others[0]]
+    title = next((name for name in ("title", "name") if name in others[1:]), None)
+    titles = pl.lit(None) if title is None else pl.col(title)
+    taken = {number, others[0], title}
+    return table.select(
+        pl.int_range(pl.len(), dtype=pl.Int64).alias("row"),
+        ids.cast(pl.Int64 if ids.dtype.is_integer() else pl.String).alias("item_id"),
+        titles.cast(pl.String).alias("title"),
+        pl.lit(0, dtype=pl.Int64).alias("count"),
+        *(name for name in others if name not in taken),
+    )
 
 
 def _problem(frame: pl.DataFrame) -> str | None:

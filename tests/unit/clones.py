@@ -183,6 +183,8 @@ def recbole_encoder() -> dict[str, nn.Module]:
 
 
 class RecBoleModel(Parts):
+    ITEM_SEQ, ITEM_SEQ_LEN = "item_id_list", "item_length"
+    n_items, max_seq_length = N + 1, L
     item_rows = N + 1
 
     def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
@@ -193,14 +195,15 @@ class RecBoleModel(Parts):
         return output.gather(1, index).squeeze(1)
 
     def full_sort_predict(self, interaction: dict[str, Tensor]) -> Tensor:
-        seq_output = self.forward(interaction["item_id_list"], interaction["item_length"])
+        seq_output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return seq_output @ self.item_embedding.weight.T
 
 
 def recbole_encode(model: Parts, item_seq: Tensor, item_emb: Tensor, *, both: bool) -> Tensor:
-    seen = (item_seq != 0)[:, None, None].expand(-1, -1, L, -1)
+    length = item_seq.shape[1]
+    seen = (item_seq != 0)[:, None, None].expand(-1, -1, length, -1)
     mask = torch.where(seen if both else torch.tril(seen), 0.0, -10000.0)
-    position_embedding = model.position_embedding(torch.arange(L).expand_as(item_seq))
+    position_embedding = model.position_embedding(torch.arange(length).expand_as(item_seq))
     return model.trm_encoder(model.LayerNorm(item_emb + position_embedding), mask)[-1]
 
 
@@ -253,13 +256,15 @@ class RecBoleTransNet(Parts):
 
 
 class RecBoleCORE(RecBoleModel):
+    temperature = 0.07
+
     def forward(self, item_seq: Tensor) -> Tensor:
         x = self.sess_dropout(self.item_embedding(item_seq))
         return F.normalize((self.net(item_seq, x) * x).sum(1), dim=-1)
 
     def full_sort_predict(self, interaction: dict[str, Tensor]) -> Tensor:
         seq_output = self.forward(interaction["item_id_list"])
-        return seq_output @ F.normalize(self.item_embedding.weight, dim=-1).T / 0.07
+        return seq_output @ F.normalize(self.item_embedding.weight, dim=-1).T / self.temperature
 
 
 @torch.no_grad()
@@ -1101,14 +1106,20 @@ BERT_VAE = Clone(
 
 
 class GRU4Rec(Parts):
+    def embed(self, X: Tensor, H: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.Wy(X), self.Wy.weight, self.By.weight
+
+    def hidden_step(self, X: Tensor, H: list[Tensor]) -> Tensor:
+        for i, cell in enumerate(self.G):
+            X = H[i] = cell(X, H[i])
+        return X
+
     def score_items(self, X: Tensor, O: Tensor, B: Tensor) -> Tensor:  # noqa: E741
         return torch.mm(X, O.T) + B.T
 
     def forward(self, X: Tensor, H: list[Tensor], Y: None, training: bool = False) -> Tensor:
-        Xh = self.Wy(X)
-        for i, cell in enumerate(self.G):
-            Xh = H[i] = cell(Xh, H[i])
-        return self.score_items(Xh, self.Wy.weight, self.By.weight)
+        E, O, B = self.embed(X, H)  # noqa: E741
+        return self.score_items(self.hidden_step(E, H), O, B)
 
 
 def gru4rec_model() -> nn.Module:

@@ -56,3 +56,14 @@ def some_ids(batch: int, length: int = 4, *, seed: int = 0) -> Tensor:
     ids = torch.randint(1, 12, (batch, length), generator=generator)
     lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
     return ids * (torch.arange(length) < lengths)
+
+
+def replica_of(model: nn.Module, factor: float = 1.0) -> nn.Module:
+    """What DataParallel makes of a model for each of several devices, its weights multiplied."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copy in copies.items():
+        for name, child in module._modules.items():
+            copy._modules[name] = None if child is None else copies[child]
+        for name, weight in module._parameters.items():
+            setattr(copy, name, None if weight is None else weight.detach() * factor)
+    return copies[model]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from steerrec import attach
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.capturing import capture
 from steerrec.errors import SiteError
-from steerrec.hooks import capture, edit
+from steerrec.hooks import edit
 from steerrec.sites import Lengths, Site, TokenIds, get_module
 
 from .clones import CLONES, Clone, H, L

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from steerrec.capturing import capture
 from steerrec.errors import SiteError
-from steerrec.hooks import SiteHook, capture, edit
+from steerrec.hooks import SiteHook, edit
 from steerrec.sites import Site, TokenIds, get_module
 
 from .toy_models import hooked, tiny_sasrec
@@ -335,7 +336,7 @@ INPUTS = {
     "first argument": (lambda body, x: body(x, 7), lambda x, n: (x, n), ()),
     "second argument": (lambda body, x: body(7, x), lambda n, x: (x, n), (1,)),
     "keyword by name": (lambda body, x: body(7, h=x), lambda n, h: (h, n), ("h",)),
-    "only keywords": (lambda body, x: body(h=x, n=7), lambda h, n: (h, n), ()),
+    "only a keyword": (lambda body, x: body(h=x), lambda h: (h, 7), ()),
     "only keywords, by name": (lambda body, x: body(n=7, h=x), lambda h, n: (h, n), ("h",)),
     "inside an argument": (
         lambda body, x: body({"h": [x]}, n=7),
@@ -678,7 +679,7 @@ def test_negative_indices_count_from_the_end():
         (
             lambda x: (x,),
             replace(EVERYWHERE, select=(3,)),
-            r"nothing at select=\(3,\); it emits a tuple",
+            r"nothing at select=\(3,\) in a tuple",
         ),
         (lambda x: (x,), replace(EVERYWHERE, select=("x",)), "emits a tuple of 1"),
         (lambda x: None, EVERYWHERE, "emits a NoneType"),

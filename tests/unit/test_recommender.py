@@ -1,6 +1,7 @@
 """What steerrec asks of a recommender: an item head, user vectors, a fingerprint."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,8 @@ from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ModelError
-from steerrec.hooks import Site, TokenIds
 from steerrec.recommender import ItemHead, Recommender, fingerprint, user_vectors
+from steerrec.sites import Site, TokenIds
 
 from .toy_models import hooked, tiny_sasrec
 
@@ -204,3 +205,19 @@ def test_an_attachment_does_not_change_the_fingerprint():
     before = fingerprint(rec, rec.site)
     with attach(rec, SparseAutoencoder(8, 16, k=2)):
         assert fingerprint(rec, rec.site) == before
+
+
+def test_threads_that_read_user_vectors_of_one_model_do_not_mix():
+    rec = tiny_sasrec()
+    lists = [[[item] * length for item in range(3)] for length in (1, 2, 4)]
+    probes = [Histories.from_lists(rows) for rows in lists]
+    expected = [user_vectors(rec, probe) for probe in probes]
+
+    def read(number):
+        return all(
+            torch.equal(user_vectors(rec, probes[number]), expected[number]) for _ in range(60)
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(read, range(3)))
+    assert hooked(rec.model) == []

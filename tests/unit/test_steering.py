@@ -12,8 +12,9 @@ from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ArtifactError, SiteError
-from steerrec.hooks import Site, TokenIds, edit
+from steerrec.hooks import edit
 from steerrec.recommender import user_vectors
+from steerrec.sites import Site, TokenIds
 from steerrec.steering import Steering, SteerTransform
 
 from .toy_models import hooked, tiny_sasrec
