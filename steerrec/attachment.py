@@ -34,7 +34,7 @@ Strength = float | Tensor | Callable[[Firing], float | Tensor]
 Users = Tensor | Callable[[Firing], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Scope:
     """What one `with attachment.scope(...)` block asks for; None where it says nothing."""
 
@@ -42,6 +42,7 @@ class _Scope:
     alpha: Strength | None
     users: Users | None
     enabled: bool | None
+    over: bool = False
 
 
 _scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("steerrec_scopes", default=())
@@ -263,6 +264,7 @@ class Attachment:
         try:
             yield
         finally:  # no token: a generator may be closed in another context than it was opened in
+            mine.over = True
             _scopes.set(tuple(scope for scope in _scopes.get() if scope is not mine))
 
     # --- what has happened
@@ -300,7 +302,7 @@ class Attachment:
             alpha=self.alpha,
             enabled=self.enabled,
             mha_fast_path_off=hook.fast_path_off,
-            compiled=hook.traced,
+            compiled=hook.traced or hook.exported,
         )
 
     def require_fired(self) -> None:
@@ -329,7 +331,7 @@ class Attachment:
         now = self._now
         strength, users, enabled = now.strength, None, now.enabled
         for scope in _scopes.get():
-            if scope.attachment is self:
+            if scope.attachment is self and not scope.over:
                 strength = strength if scope.alpha is None else scope.alpha
                 users = users if scope.users is None else scope.users
                 enabled = enabled if scope.enabled is None else scope.enabled
@@ -347,7 +349,7 @@ class Attachment:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
-        if kind is not None or self._is_known_to_fire or self._hook.used or self._hook.traced:
+        if kind is not None or self._is_known_to_fire or self._hook.has_fired:
             return
         if self._hook.model_ran:
             self.require_fired()

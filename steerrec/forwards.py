@@ -181,7 +181,9 @@ class Forwards:
         now = self.now
         now.inside, now.seen = False, ()
         expected = 1 + (self.last_call or 0)
-        if self.site.call == "last" and 0 < now.calls < expected:
+        if self.site.call != "last" or not 0 < now.calls < expected:
+            return
+        if sys.exc_info()[0] is None:  # else the forward has failed, and that is what to tell
             raise SiteError(
                 f"site {self.site.name} fired {now.calls} times in one forward, fewer than the "
                 f"{expected} times seen before: its last firing was not steered; expected call to "
@@ -239,11 +241,14 @@ class Forwards:
 
 
 def _is_being_called(module: nn.Module) -> bool:
-    """Whether a call of the module is on this thread's stack."""
+    """Whether a call of the module, or of its replica, is on this thread's stack."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
-            return True
+        if frame.f_code is _CALL:
+            called = frame.f_locals.get("self")
+            replica = type(called) is type(module) and getattr(called, "_is_replica", False)
+            if called is module or replica:
+                return True
         frame = frame.f_back
     return False
 

@@ -50,8 +50,9 @@ class SiteHook:
         How often the site has fired.
     used
         How many of those firings counted.
-    traced
-        Whether torch.compile has taken the hook into a graph, where firings are not counted.
+    traced, exported
+        Whether torch.compile or torch.export has taken the hook into a graph, where firings are
+        not counted.
     shape
         Shape of what the site emitted last; None before.
     forwards
@@ -78,7 +79,7 @@ class SiteHook:
         self._model = model
         self.site = site = matches[0]
         self.firings = self.used = 0
-        self.traced = False
+        self.traced = self.exported = False
         self.shape: tuple[int, ...] | None = None
         self.fast_path_off = False
         self._looked = False
@@ -96,6 +97,11 @@ class SiteHook:
         told_at = [] if source is None or source == "last" else [source.path]
         for path in [site.path, *told_at]:
             refuse_compiled(model, path)
+        if isinstance(model, nn.DataParallel) and site.method is not None:
+            raise SiteError(
+                f"site {site.name}: the replicas of DataParallel cannot be watched at a method; "
+                "expected a module, or the model without DataParallel"
+            )
         if mha_fast_path is None:
             hooked = [module, *(get_module(model, path) for path in told_at)]
             mha_fast_path = not any(needs_fast_path_off(get_module(model, ""), m) for m in hooked)
@@ -141,9 +147,14 @@ class SiteHook:
         """Whether a forward of the model was seen, at its root or at `positions_from`."""
         return self.forwards.ran or self.firings > 0
 
+    @property
+    def has_fired(self) -> bool:
+        """Whether a firing counted, or is in a graph."""
+        return self.used > 0 or self.traced or self.exported
+
     def require_fired(self) -> None:
         """Raise SiteError, with the likely cause, if no firing of the site counted."""
-        if self.used or self.traced:
+        if self.has_fired:
             return
         if self.firings:
             raise SiteError(
@@ -178,7 +189,9 @@ class SiteHook:
     def _visit(self, value: Any, select: SelectPath) -> Any:
         """Hand the site's rows to the function; the new value, or None where nothing changes."""
         compiling = torch.compiler.is_compiling()
-        if compiling:
+        if compiling and torch.compiler.is_exporting():
+            self.exported = True
+        elif compiling:
             self.traced = True
         else:
             self.firings += 1

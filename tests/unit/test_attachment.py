@@ -330,7 +330,6 @@ def test_a_generator_may_be_closed_in_another_context(model):
         assert torch.equal(model(IDS), on)
 
 
-@pytest.mark.xfail(reason="the event loop closes it in a context of its own; the task's goes on")
 def test_an_async_generator_that_a_task_leaves_ends_its_scope(model):
     async def stream(attachment):
         with attachment.scope(alpha=0.25):

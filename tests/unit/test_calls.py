@@ -176,7 +176,6 @@ def test_without_a_source_and_a_root_nothing_tells_which_firing_it_is(call):
         model.encode(IDS)
 
 
-@pytest.mark.xfail(raises=SiteError, reason="the root that is being called is another object there")
 @pytest.mark.parametrize("call", ["first", 1, "all"])
 def test_the_replicas_of_data_parallel_count_as_the_model_does(call):
     model = Loop(times=3)
@@ -363,9 +362,6 @@ def test_fewer_firings_than_were_seen_before_are_an_error():
             rec.model(IDS)
 
 
-@pytest.mark.xfail(
-    raises=UserWarning, reason="torch tells of what a hook raises after a forward that failed"
-)
 def test_an_exception_in_a_forward_before_the_last_firing_is_the_only_thing_said():
     rec = LoopRecommender(times=2)
     with attach(rec, random_sae(), steering=random_steering()):
@@ -647,11 +643,12 @@ def test_the_method_of_a_copy_reads_the_copys_own_weights(how):
     assert torch.equal(model(X), plain)
 
 
-@pytest.mark.xfail(reason="a replica calls the watched method of the model that it is one of")
-def test_the_method_of_a_replica_reads_the_replicas_own_weights():
-    model = Weighted()
-    with edit(model, SCORED, lambda rows: rows):
-        assert not replica_of(model, factor=0.0).score_items(X).any()
+def test_methods_are_not_watched_in_data_parallel():
+    """A replica would call the method of the model that it is one of."""
+    model = nn.DataParallel(Weighted())
+    with pytest.raises(SiteError, match="replicas of DataParallel cannot be watched at a method"):
+        edit(model, SCORED, lambda rows: rows)
+    assert hooked(model) == []
 
 
 @each_copy

@@ -565,6 +565,17 @@ def test_a_model_goes_on_after_it_was_exported():
         close(compiled(model)(IDS), steered)
 
 
+def test_exporting_a_model_changes_nothing_for_the_eager_one():
+    model = Sequence()
+    with attach(model, SAE, site=USER, steering=STEERING) as attachment:
+        exported(model)
+        with attachment.scope(enabled=False):
+            assert torch.equal(model(IDS), PLAIN)
+        attachment.steering = random_steering(splice="reconstruct")
+        attachment.alpha = lambda firing: 0.0
+        model(IDS)
+
+
 def test_real_positions_are_exported():
     model = Sequence()
     with attach(model, SAE, site=REAL, steering=STEERING):
