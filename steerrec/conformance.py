@@ -264,14 +264,14 @@ def _tokens(rec: Recommender, histories: Histories) -> tuple[nn.Module | None, T
     """
     batch, source = rec.make_batch(histories), rec.site.positions_from
     if not isinstance(source, TokenIds):
-        found = (tensor for _, tensor in tensors_in(_as_tensors(batch)))
+        found = [tensor for _, tensor in tensors_in(_as_tensors(batch))]
         ids = (t for t in found if t.ndim == 2 and len(t) == len(histories) and _are_ids(t))
         tokens = next(ids, None)
         return None if tokens is None else (None, tokens)
     module = get_module(rec.model, source.path)
     seen: list[Tensor] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(entered: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for _, tensor in tensors_in((args, kwargs)):
             if tensor.ndim == 2 and _are_ids(tensor) and len(tensor) == len(histories):
                 seen.append(tensor.detach().clone())
@@ -350,7 +350,8 @@ def _cause(rec: Recommender, batch: Any, vectors: Tensor, scores: Tensor, allowe
         scale = float((found * scores).sum() / found.square().sum().clamp_min(1e-12))
         if explains(replace(plain, scale=scale)):
             also = f"{norm} and " if norm else ""
-            return f"{also}scale={scale:.6g} and no bias in the item head would mend it (a temperature?)"
+            wanted = f"{also}scale={scale:.6g} and no bias"
+            return f"{wanted} in the item head would mend it (a temperature?)"
     bias = (scores - replace(head, bias=None).scores(vectors)).mean(dim=0)
     if explains(replace(head, bias=bias)):
         return "a bias per item in the item head would mend it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from types import FunctionType
 from typing import Any, Literal
 
@@ -24,6 +25,16 @@ from steerrec.recommender import ItemHead
 from steerrec.sites import Layout, PositionsFrom, Site, TokenIds, get_module
 
 Side = Literal["left", "right"]
+LIBRARIES = (
+    "recbole",
+    "rectools",
+    "replay",
+    "gsasrec",
+    "sasrec_pytorch",
+    "bert4rec_vae",
+    "gru4rec",
+    "huggingface",
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,7 @@ def wrap(
     *,
     score: Callable[[Any], Tensor] | None = None,
     make_batch: Callable[[Tensor], Any] | None = None,
-    max_length: int,
+    max_length: int | None = None,
     site: Site | str | None = None,
     item_head: ItemHead | Callable[[], ItemHead] | None = None,
     first_id: int | None = None,
@@ -207,7 +218,8 @@ def wrap(
     make_batch
         Makes the call's argument from padded ids [B, L]; the ids themselves if None.
     max_length
-        How many of a history's latest items the model reads.
+        How many of a history's latest items the model reads. If None, the model has to be one of a
+        library that steerrec knows (`steerrec.adapters`), which says everything else too.
     site
         Where the user vector is, or the path of its layer.
     item_head
@@ -243,6 +255,8 @@ def wrap(
     >>> rec.site.path, rec.scheme.padding
     ('body', 'right')
     """
+    if max_length is None:
+        return _of_a_library(model, items, source)
     catalogue = as_catalogue(items)
     if isinstance(site, str):
         get_module(model, site)  # an unknown name is no matter of trying
@@ -284,6 +298,21 @@ def wrap(
             "site, item_head, first_id, pad_id or padding"
         )
     return found[0]
+
+
+def _of_a_library(
+    model: nn.Module, items: Catalogue | Sequence[int | str], source: str | None
+) -> WrappedRecommender:
+    """A live model of a library, by the adapter that recognises it."""
+    for family in LIBRARIES:
+        adapter = import_module(f"steerrec.adapters.{family}")
+        if adapter.recognises(model):
+            found: WrappedRecommender = adapter.from_model(model, items, source=source)
+            return found
+    raise ModelError(
+        f"{type(model).__name__} is no model of a library that steerrec knows "
+        f"({', '.join(LIBRARIES)}); expected max_length, and what else its own scores need"
+    )
 
 
 def _described(scheme: TokenScheme) -> str:
@@ -396,8 +425,7 @@ def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]
     try:
         for name, module in root.named_modules():
             handles.append(module.register_forward_pre_hook(watch_input(name), with_kwargs=True))
-        for name in _methods(root):
-            handles.append(hook_method(root, name, after=watch_method(name)))
+        handles += [hook_method(root, name, after=watch_method(name)) for name in _methods(root)]
         layers = layer_report(rec.model, lambda: rec.scorer(batch))
     finally:
         for handle in handles:
