@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
 
 Splice = Literal["delta", "reconstruct"]
+
+ROWS_AT_ONCE = 128
+"""On a CPU so many user vectors are steered at once: their pre-activations stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +219,20 @@ class SteerTransform(nn.Module):
         return self._steered(x, strength)
 
     def _steered(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        if not is_graphed() and x.device.type == "cpu" and len(x) > ROWS_AT_ONCE:
+            parts = x.split(ROWS_AT_ONCE)
+            if isinstance(strength, Tensor) and len(strength) > 1:
+                strengths: Iterable[float | Tensor] = strength.split(ROWS_AT_ONCE)
+            else:
+                strengths = repeat(strength)
+            return torch.cat([self._steered(*part) for part in zip(parts, strengths, strict=False)])
         sae = self.sae
         pre_acts = sae.pre_acts(x.to(self.steps), self.bias)  # [B, d_sae]
         if self.steering.splice == "reconstruct":
             return sae.decode(sae.activate(_moved(pre_acts, self.steps[1], strength))).to(x)
         if not is_graphed() and len(x) <= FEW_ROWS:
             # one selection and one decode for both
-            both = _moved(pre_acts, self.steps, strength).flatten(0, 1)
+            both = _both(pre_acts, self.steps, strength).flatten(0, 1)
             directions = sae.directions(sae.activate(both))
             before, after = directions[: len(x)], directions[len(x) :]
         else:
@@ -230,7 +241,15 @@ class SteerTransform(nn.Module):
         return x + (after - before).to(x)
 
 
-def _moved(pre_acts: Tensor, steps: Tensor, strength: float | Tensor) -> Tensor:
+def _moved(pre_acts: Tensor, shift: Tensor, strength: float | Tensor) -> Tensor:
+    """The pre-activations, shifted where they are: nobody needs them as they were."""
+    if isinstance(strength, Tensor):
+        return pre_acts.addcmul_(strength, shift)
+    return pre_acts.add_(shift, alpha=strength)
+
+
+def _both(pre_acts: Tensor, steps: Tensor, strength: float | Tensor) -> Tensor:
+    """The pre-activations as they are and shifted, [2, B, d_sae]."""
     if isinstance(strength, Tensor):
         return torch.addcmul(pre_acts, strength, steps)
     return torch.add(pre_acts, steps, alpha=strength)
