@@ -787,7 +787,7 @@ RECPACK = [
         head=lambda model, users: users @ model.lin.weight[:N].T + model.lin.bias[:N],
         silent={},
         real=lambda histories: real_right(longest_first(histories)),
-        others=(Site("emb", positions_from=TokenIds("", pad_id=N)),),
+        others=(Site("emb", positions_from=TokenIds("", pad_id=N, select=("input_ids",))),),
     ),
 ]
 RECHUB = [
@@ -803,7 +803,7 @@ RECHUB = [
         real=real_right,
         others=(
             rechub("hstu_block.layers.-1"),
-            replace(rechub("hstu_block"), positions_from=TokenIds("")),
+            replace(rechub("hstu_block"), positions_from=TokenIds("", select=("input_ids",))),
         ),
     ),
     Clone(
@@ -892,7 +892,7 @@ def bert_head(model: Any, users: Tensor) -> Tensor:
 
 HF_MASK = RealMask("", select=("attention_mask",))
 hf = partial(Site, positions_from=HF_MASK)
-hf_ids = partial(Site, positions_from=TokenIds("", pad_id=PAD))
+hf_ids = partial(Site, positions_from=TokenIds("", pad_id=PAD, select=("input_ids",)))
 AS_TUPLE = partial(score_lm, return_dict=False)
 WITH_STATES = partial(score_lm, output_hidden_states=True)
 FROM_THE_LEFT = partial(score_lm, left=True)
