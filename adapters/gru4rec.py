@@ -56,13 +56,14 @@ def from_model(
     if not recognises(model):
         raise unknown_model(model, "the official GRU4Rec", "embed, hidden_step and score_items")
     parts: Any = model
+    found = getattr(model, "n_items", parts.Wy.num_embeddings)
     return WrappedRecommender(
         model,
-        as_catalogue(items, of=model, found=parts.Wy.num_embeddings),
+        as_catalogue(items, of=model, found=found),
         Site("", method="score_items", at="input", select=(0,), layout="BH"),
         TokenScheme(0, BEFORE, "left", max_length),
         partial(_scores, parts),
-        lambda: ItemHead(parts.Wy.weight, parts.By.weight[:, 0]),
+        lambda: ItemHead(parts.Wy.weight[:found], parts.By.weight[:found, 0]),
         record={"adapter": "gru4rec", "source": source, "class": type(model).__name__},
     )
 

@@ -59,13 +59,12 @@ def from_model(
     parts: Any = model
     catalogue = as_catalogue(items, of=model, found=parts.n_items - 1)
     record = {"adapter": "recbole", "source": source, "class": type(model).__name__}
-    ids = TokenIds("item_embedding", pad_id=PAD)
     for marks, site, head in _KNOWN:
         if all(hasattr(model, name) for name in marks):
             rec = WrappedRecommender(
                 model,
                 catalogue,
-                site if site.layout == "BH" else Site(site.path, positions_from=ids),
+                site,
                 TokenScheme(1, PAD, "right", parts.max_seq_length),
                 partial(_scores, parts),
                 partial(head, parts),
@@ -118,8 +117,8 @@ def _core(model: Any) -> ItemHead:
     return ItemHead(F.normalize(weight, dim=-1), scale=1 / model.temperature)
 
 
-def _site(path: str, **settings: Any) -> Site:
-    return Site(path, positions_from=TokenIds("item_embedding", pad_id=PAD), **settings)
+def _site(path: str) -> Site:
+    return Site(path, positions_from=TokenIds("item_embedding", pad_id=PAD))
 
 
 _KNOWN: tuple[tuple[tuple[str, ...], Site, Callable[[Any], ItemHead]], ...] = (

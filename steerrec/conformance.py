@@ -236,7 +236,9 @@ def _about_tokens(rec: Recommender) -> list[str]:
     newest, source = differs[0], rec.site.positions_from
     problems = []
     user = None
-    if isinstance(source, TokenIds):
+    if rec.site.layout == "BH":
+        pass  # what it emits has no positions
+    elif isinstance(source, TokenIds):
         real = (tokens[0] != source.pad_id).nonzero().flatten().tolist()
         user = real[-1] if real else None
     elif source == "last":
@@ -260,10 +262,10 @@ def _about_tokens(rec: Recommender) -> list[str]:
 def _tokens(rec: Recommender, histories: Histories) -> tuple[nn.Module | None, Tensor] | None:
     """The ids [B, L] that stand for these histories, and the module that takes them, if known.
 
-    Those that enter the module which the site names, or else those in the batch.
+    Those that enter the module where the site looks for positions, or else those in the batch.
     """
     batch, source = rec.make_batch(histories), rec.site.positions_from
-    if not isinstance(source, TokenIds):
+    if not isinstance(source, TokenIds) or rec.site.layout == "BH":
         found = [tensor for _, tensor in tensors_in(_as_tensors(batch))]
         ids = (t for t in found if t.ndim == 2 and len(t) == len(histories) and _are_ids(t))
         tokens = next(ids, None)

@@ -256,6 +256,12 @@ def wrap(
     ('body', 'right')
     """
     if max_length is None:
+        told = (score, make_batch, site, item_head, first_id, pad_id, padding, fixed_length)
+        if any(setting is not None for setting in told):
+            raise ModelError(
+                "wrap was told how to score, but not how many items the model reads; expected "
+                "max_length (a model of a library takes its settings by from_model of its adapter)"
+            )
         return _of_a_library(model, items, source)
     catalogue = as_catalogue(items)
     if isinstance(site, str):
@@ -412,9 +418,10 @@ def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]
 
     def watch_input(name: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = (tensor for _, tensor in tensors_in((args, kwargs)))
-            if any(t.ndim == 2 and t.dtype == torch.int64 for t in tensors):
-                takers.append(name)
+            for _, tensor in tensors_in((args, kwargs)):
+                # the same in every row: positions
+                if tensor.ndim == 2 and tensor.dtype == torch.int64 and (tensor != tensor[0]).any():
+                    takers.append(name)
 
         return look
 

@@ -787,7 +787,7 @@ RECPACK = [
         head=lambda model, users: users @ model.lin.weight[:N].T + model.lin.bias[:N],
         silent={},
         real=lambda histories: real_right(longest_first(histories)),
-        others=(Site("emb", positions_from=TokenIds("", pad_id=N, select=("input_ids",))),),
+        others=(Site("emb", positions_from=TokenIds("", pad_id=N)),),
     ),
 ]
 RECHUB = [
@@ -803,7 +803,7 @@ RECHUB = [
         real=real_right,
         others=(
             rechub("hstu_block.layers.-1"),
-            replace(rechub("hstu_block"), positions_from=TokenIds("", select=("input_ids",))),
+            replace(rechub("hstu_block"), positions_from=TokenIds("")),
         ),
     ),
     Clone(
