@@ -60,7 +60,8 @@ def from_model(
     pad_id
         By default what the embedding or the configuration says.
     mask_id
-        The token at whose place a masked model predicts; a model that reads both ways needs one.
+        The token at whose place a masked model predicts. A model that reads both ways needs one;
+        Cornac's knows it.
     max_length
         How many tokens the model reads; by default as many as it has positions for.
     source
@@ -84,13 +85,16 @@ def from_model(
     if padding is None or pad is None:
         raise ModelError(
             f"{name} does not say how histories are padded; expected padding='left' or 'right', as "
-            "it was trained, and the pad_id"
+            f"it was trained, and the pad_id, given to {__name__}.from_model"
         )
     if mask_id is None and _reads_both_ways(parts):
-        raise ModelError(
-            f"{name} reads both ways, so it predicts at the place of a mask token; expected mask_id"
-        )
-    catalogue = as_catalogue(items)
+        mask_id = parts.mask_idx if cornac else None
+        if mask_id is None:
+            raise ModelError(
+                f"{name} reads both ways, so it predicts at the place of a mask token; expected "
+                f"its mask_id, given to {__name__}.from_model"
+            )
+    catalogue = as_catalogue(items, of=model, found=getattr(model, "item_num", None))
     first = first_id if first_id is not None else 1 if pad == 0 else 0
     last = first + len(items) - 1
     taken = [token for token in (pad, mask_id) if token is not None and first <= token <= last]
@@ -100,7 +104,7 @@ def from_model(
             f"{table.num_embeddings} ids, {pad} for padding and {mask_id} for the mask; expected "
             "other items, or first_id, pad_id and mask_id as it was trained"
         )
-    window = max_length or backbone.config.max_position_embeddings
+    window = max_length or getattr(parts, "maxlen", backbone.config.max_position_embeddings)
     where = TokenIds(_path(model, table), pad_id=pad)
     if _is_language_model(model):
         site = Site(_path(model, parts.get_output_embeddings()), "input", positions_from=where)
@@ -126,7 +130,9 @@ def _is_transformers(module: Any) -> bool:
 
 def _is_language_model(model: nn.Module) -> bool:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return _is_transformers(model) and isinstance(head, nn.Linear)
+    if not _is_transformers(model) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return isinstance(head, nn.Linear)
 
 
 def _is_cornac(model: nn.Module) -> bool:

@@ -78,6 +78,11 @@ def from_model(
         raise unknown_model(model, "RecTools", "a torch_model, or a flat network with encode_last")
     with torch.no_grad():
         rows = len(parts.item_model.get_all_embeddings())
+    if any(getattr(module, "relative_time_attention", False) for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is an HSTU that reads timestamps, which no history here has; "
+            "expected one with relative_time_attention=False"
+        )
     masked = not getattr(parts, "use_causal_attn", True)
     catalogue = as_catalogue(items, of=model, found=rows - 1 - masked)
     window = max_length or _window(parts)
@@ -110,11 +115,6 @@ def _is_flat(model: nn.Module) -> bool:
 def _window(model: Any) -> int:
     positions = getattr(model.pos_encoding_layer, "pos_emb", None)
     blocks = getattr(model.transformer_layers, "stu_blocks", None)
-    if blocks is not None and getattr(blocks[0], "relative_time_attention", False):
-        raise ModelError(
-            f"{type(model).__name__} is an HSTU that reads timestamps, which no history here has; "
-            "expected one with relative_time_attention=False"
-        )
     found = getattr(positions, "num_embeddings", None)
     if found is None and blocks is not None:
         found = getattr(blocks[0], "session_max_len", None)
