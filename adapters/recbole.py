@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -75,25 +76,33 @@ def from_model(
             if conformance(rec).ok:
                 return rec
             break
-    try:
-        found = wrap(
-            model,
-            catalogue,
-            score=partial(_scores, parts),
-            make_batch=partial(_interaction, parts),
-            max_length=parts.max_seq_length,
-            first_id=1,
-            pad_id=PAD,
-            padding="right",
-        )
-    except ModelError as error:
-        fields = {parts.ITEM_SEQ, parts.ITEM_SEQ_LEN}
-        raise ModelError(
-            f"{error} (RecBole's {type(model).__name__} was given {' and '.join(sorted(fields))}: "
-            "models that need users, times or features besides have to be wrapped by hand)"
-        ) from error
+    _refuse_more_than_items(parts)
+    found = wrap(
+        model,
+        catalogue,
+        score=partial(_scores, parts),
+        make_batch=partial(_interaction, parts),
+        max_length=parts.max_seq_length,
+        first_id=1,
+        pad_id=PAD,
+        padding="right",
+    )
     found.record = record
     return found
+
+
+@torch.no_grad()
+def _refuse_more_than_items(model: Any) -> None:
+    table = next(model.parameters())
+    ids = torch.ones(1, model.max_seq_length, dtype=torch.int64, device=table.device)
+    try:
+        _scores(model.eval(), _interaction(model, ids))
+    except KeyError as error:
+        raise ModelError(
+            f"RecBole's {type(model).__name__} reads {error} besides {model.ITEM_SEQ!r} and "
+            f"{model.ITEM_SEQ_LEN!r}; expected a model of item ids only, which is all that a "
+            "history here has"
+        ) from error
 
 
 def _interaction(model: Any, ids: Tensor) -> dict[str, Tensor]:

@@ -78,8 +78,8 @@ def _examined(rec: Recommender, histories: Histories, tolerance: float) -> Confo
     """`_conformance`, of what cannot even be scored too."""
     try:
         return _conformance(rec, histories, tolerance)
-    except SiteError as unreadable:
-        return Conformance(None, tolerance, [str(unreadable)])
+    except (ModelError, SiteError) as refused:
+        return Conformance(None, tolerance, [str(refused)])
     except FAILURES as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         found = (
@@ -223,7 +223,7 @@ def _about_tokens(rec: Recommender) -> list[str]:
     # of some items as the newest; a longer one pads the others
     rows = [*dict.fromkeys((0, 1, items // 2, items - 1))]
     lists = [[0, 1, 2], [0, 1, 3], [4, 1, 2], *([1, 2, row] for row in rows)]
-    found = _tokens(rec, Histories.from_lists([*lists, [0, 1, 2, 3][: rec.max_length]]))
+    found = _tokens(rec, Histories.from_lists([*lists, [0, 1, 2, 3, 4][: rec.max_length]]))
     if found is None:
         return []
     table, tokens = found

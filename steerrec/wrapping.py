@@ -418,10 +418,10 @@ def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]
 
     def watch_input(name: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for _, tensor in tensors_in((args, kwargs)):
-                # the same in every row: positions
-                if tensor.ndim == 2 and tensor.dtype == torch.int64 and (tensor != tensor[0]).any():
-                    takers.append(name)
+            ids = [t for __, t in tensors_in((args, kwargs)) if t.ndim == 2 and len(t) > 1]
+            # what is the same in every row are positions
+            if any(t.dtype == torch.int64 and bool((t != t[0]).any()) for t in ids):
+                takers.append(name)
 
         return look
 
