@@ -1,4 +1,4 @@
-"""Live sequential models of RecBole (1.0 to 1.2), read without importing it.
+"""Live sequential models of RecBole (tested with 1.2), read without importing it.
 
 Right-padded with 0, items are 1..N in the order of the dataset's `field2id_token`. What scores is
 `full_sort_predict`, which calls the model's `forward` directly. Checkpoints are in

@@ -1,4 +1,4 @@
-"""Live torch networks of RecTools (0.10 to 0.19), read without importing it.
+"""Live torch networks of RecTools (tested with 0.19), read without importing it.
 
 Left-padded with 0 to the whole window. The transformer backbone is what a fitted model holds as
 `torch_model`; its items start after the extra tokens: at 1 for SASRec, at 2 for BERT4Rec, whose

@@ -1,4 +1,4 @@
-"""Live models of RePlay (0.15 to 0.22), read without importing it.
+"""Live models of RePlay (tested with 0.22), read without importing it.
 
 Left-padded; items are 0..N-1, N is the padding, and a mask goes with the ids. There are the legacy
 `SasRecModel` and `Bert4RecModel` (what their Lightning modules hold as `_model`) and the newer
