@@ -181,12 +181,12 @@ class Attachment:
         if steering is None:
             self._put_in_force(replace(now, steering=None))
             return
+        strength = _checked(steering.alpha)  # before anything is exchanged
         transform = now.transform.with_steering(steering)
         if self._hook.traced:
             self._graphed.transform.copy_from(transform)  # the graph keeps these very tensors
         else:
             self._graphed.transform = transform
-        strength = _checked(steering.alpha)
         self._put_in_force(_InForce(steering, transform, strength, now.enabled))
 
     @property

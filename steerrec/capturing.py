@@ -134,8 +134,16 @@ def capture(
     try:
         here = threading.get_ident()
         for site in captured.sites:
-            hook = SiteHook(model, site, reader(site), mha_fast_path=mha_fast_path, thread=here)
-            hooks.append(hook)
+            hook = SiteHook(
+                model,
+                site,
+                reader(site),
+                mha_fast_path=mha_fast_path,
+                thread=here,
+                install=False,
+            )
+            hooks.append(hook)  # first, so that no interruption finds hooks that nobody knows of
+            hook.install()
         yield captured
     except _StopForward as stopped:
         if stopped.args[0] is not captured:  # an outer block's

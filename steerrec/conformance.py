@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,11 +179,11 @@ def _run(rec: Recommender, batch: Any) -> tuple[Tensor, Tensor]:
 
 def _about_edits(rec: Recommender, batch: Any, vectors: Tensor, allowed: float) -> list[str]:
     """What is wrong where other vectors at the site do not give the item head's scores of them."""
-    new = 1.5 * vectors.flip(0)
-    with SiteHook(rec.model, rec.site, lambda _: None) as counter:
+    new, here = 1.5 * vectors.flip(0), threading.get_ident()  # others may be using the model
+    with SiteHook(rec.model, rec.site, lambda _: None, thread=here) as counter:
         rec.score(batch)
-    exchange = SiteHook(rec.model, rec.site, lambda _: new, last_call=counter.firings - 1)
-    with exchange:
+    last = counter.firings - 1
+    with SiteHook(rec.model, rec.site, lambda _: new, last_call=last, thread=here):
         scores = rec.score(batch)
     head = rec.item_head
     error = float((head.scores(new) - scores).abs().max())

@@ -43,6 +43,9 @@ class SiteHook:
         For a site with ``call="last"``: the number of its last firing in one forward.
     thread
         The only thread (`threading.get_ident()`) whose forwards count; all of them if None.
+    install
+        Whether to put the hooks on at once, and not only by `install`: for whoever has to hold the
+        object first, so as to remove them whatever interrupts.
 
     Attributes
     ----------
@@ -68,6 +71,7 @@ class SiteHook:
         mha_fast_path: bool | None = None,
         last_call: int | None = None,
         thread: int | None = None,
+        install: bool = True,
     ) -> None:
         matches = expand(model, site)
         if len(matches) > 1:
@@ -86,13 +90,19 @@ class SiteHook:
         self._function = function
         self.forwards = Forwards(model, site, last_call=last_call, thread=thread)
         self._handles: list[Handle] = []
+        self._mha_fast_path = mha_fast_path
+        if install:
+            self.install()
+
+    def install(self) -> None:
+        """Put the hooks on the model, or none of them where that fails."""
         try:
-            self._install(model, get_module(model, site.path), mha_fast_path)
+            self._install(self._model, get_module(self._model, self.site.path))
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, model: nn.Module, module: nn.Module, mha_fast_path: bool | None) -> None:
+    def _install(self, model: nn.Module, module: nn.Module) -> None:
         site, source = self.site, self.site.positions_from
         told_at = [] if source is None or source == "last" else [source.path]
         for path in [site.path, *told_at]:
@@ -102,6 +112,7 @@ class SiteHook:
                 f"site {site.name}: the replicas of DataParallel cannot be watched at a method; "
                 "expected a module, or the model without DataParallel"
             )
+        mha_fast_path = self._mha_fast_path
         if mha_fast_path is None:
             hooked = [module, *(get_module(model, path) for path in told_at)]
             mha_fast_path = not any(needs_fast_path_off(get_module(model, ""), m) for m in hooked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +94,6 @@ class _Seen:
     firings: int = 0
     output: Any = None
     vectors: tuple[SelectPath, Tensor] | None = None
-    before: tuple[int | None, Tensor] | None = None
     tensors: list[tuple[Tensor, int | None, Tensor]] = field(default_factory=list)
 
 
@@ -171,9 +171,7 @@ def _judged(
     if seen.vectors is None:
         return replace(report, reason="emits no tensor of floating-point numbers")
     select, tensor = seen.vectors
-    report = replace(
-        report, select=select, dtype=str(tensor.dtype).removeprefix("torch."), output=report.output
-    )
+    report = replace(report, select=select, dtype=str(tensor.dtype).removeprefix("torch."))
     if tensor.is_nested:
         if tensor.layout != torch.jagged:
             return replace(report, reason="emits a NestedTensor; pass mha_fast_path=False")
@@ -229,10 +227,12 @@ def site_report(rec: Recommender, *, histories: Histories | None = None) -> Site
     layers = layer_report(rec.model, lambda: rec.score(batch))
     scores = rec.score(batch)
     places = {layer.path: place for layer in layers if (place := _place(rec, layer)) is not None}
-    errors = {path: _error_at(rec, place, batch, scores) for path, place in places.items()}
+    found = dict(read_each(rec.model, [rec.site, *places.values()], lambda: rec.score(batch)))
+    errors = {path: _error_of(rec, found.get(place), scores) for path, place in places.items()}
     rated = [replace(layer, score_error=errors.get(layer.path)) for layer in layers]
-    own = _error_at(rec, rec.site, batch, scores)
-    close = 1e-4 * max(1.0, float(scores[scores.isfinite()].abs().max()))
+    own = _error_of(rec, found.get(rec.site), scores)
+    largest = float(scores.nan_to_num(0, 0, 0).abs().max())  # a model may mask with infinities
+    close = 1e-4 * max(1.0, largest)
     if own is not None and own <= close:
         reason = (
             "its vector times the item matrix gives the model's own scores (largest difference "
@@ -246,10 +246,11 @@ def site_report(rec: Recommender, *, histories: Histories | None = None) -> Site
                 f"multiplied with the item matrix (largest difference {error:.1g})"
             )
             return SiteReport(rated, places[path], reason)
-    found = "it cannot be read" if own is None else f"the largest difference is {own:.3g}"
+    how_far = "it cannot be read" if own is None else f"the largest difference is {own:.3g}"
     reason = (
         f"the adapter names it, but no layer's vector times the item matrix gives the model's "
-        f"scores ({found}): the item head lacks something, or the vector is made outside of layers"
+        f"scores ({how_far}): the item head lacks something, or the vector is made outside of "
+        "layers"
     )
     return SiteReport(rated, rec.site, reason)
 
@@ -324,16 +325,29 @@ def _place(rec: Recommender, layer: LayerReport) -> Site | None:
         return None
 
 
-def _error_at(rec: Recommender, site: Site, batch: Any, scores: Tensor) -> float | None:
-    """Largest difference of the item head's scores from the model's, for vectors at a site."""
+def read_each(
+    model: nn.Module, sites: list[Site], run: Callable[[], object]
+) -> Iterator[tuple[Site, Tensor]]:
+    """Each site with its rows [R, H], all from one call of `run` where all can be read.
+
+    A site that cannot be read is left out.
+    """
     try:
-        with capture(rec.model, site) as captured:
-            rec.score(batch)
-        vectors = captured[site]
-        if vectors.shape != (len(scores), rec.item_head.width):
-            return None
-        difference = (rec.item_head.scores(vectors) - scores).abs()
+        with capture(model, *sites) as captured:
+            run()
+        yield from ((site, captured[site]) for site in captured)
     except SiteError:
+        for site in sites:
+            with suppress(SiteError):
+                with capture(model, site) as captured:
+                    run()
+                yield site, captured[site]
+
+
+def _error_of(rec: Recommender, vectors: Tensor | None, scores: Tensor) -> float | None:
+    """Largest difference of the item head's scores of these vectors from the model's."""
+    if vectors is None or vectors.shape != (len(scores), rec.item_head.width):
         return None
+    difference = (rec.item_head.scores(vectors) - scores).abs()
     told = scores.isfinite()  # a model may mask what it does not recommend
     return float(difference[told].max()) if 2 * int(told.sum()) > told.numel() else None

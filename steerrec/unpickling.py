@@ -159,7 +159,7 @@ def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     Raises
     ------
     ModelError
-        If there is none.
+        If there is none, or its names have prefixes without end.
     """
     found = checkpoint
     for _ in range(4):  # a wrapping in a wrapping
@@ -181,10 +181,14 @@ def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
 
 
 def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) and name != prefix for name in tensors):
-            return _unprefixed({name.removeprefix(prefix): t for name, t in tensors.items()})
-    return tensors
+    for _ in range(_MAX_DEPTH):
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) and name != prefix for name in tensors):
+                tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+                break
+        else:
+            return tensors
+    raise ModelError(f"the names of its tensors have over {_MAX_DEPTH} prefixes; {_LESS}")
 
 
 def _shown(text: str, limit: int = 100) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import FunctionType
@@ -14,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steerrec.capturing import capture
 from steerrec.conformance import FAILURES, conformance
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError, SiteError
 from steerrec.handles import hook_method
-from steerrec.layers import LayerReport, layer_report
+from steerrec.layers import LayerReport, layer_report, read_each
 from steerrec.nested import tensors_in
 from steerrec.recommender import ItemHead
 from steerrec.sites import Layout, PositionsFrom, Site, TokenIds, get_module
@@ -374,7 +372,7 @@ def _conforming(
     rec = replace(rec, columns=columns)
     places = [site] if isinstance(site, Site) else _places(rec, site, batch)
     nearest: tuple[float, str] | None = None
-    for place, vectors in _captured(rec, places, batch):
+    for place, vectors in read_each(rec.model, places, lambda: rec.scorer(batch)):
         given = [item_head] if item_head is not None else _heads(rec, vectors, scores[:, columns:])
         for head in given:
             candidate = replace(rec, site=place, head=head)
@@ -392,22 +390,6 @@ def _conforming(
             "item gives the model's scores"
         )
     return []
-
-
-def _captured(
-    rec: WrappedRecommender, places: list[Site], batch: Any
-) -> Iterator[tuple[Site, Tensor]]:
-    """Each site with its vectors [B, H], all from one scoring call where they can be read."""
-    try:
-        with capture(rec.model, *places) as captured:
-            rec.scorer(batch)
-        yield from ((site, captured[site]) for site in captured)
-    except SiteError:
-        for place in places:
-            with suppress(SiteError), capture(rec.model, place) as captured:
-                rec.scorer(batch)
-            with suppress(SiteError):
-                yield place, captured[place]
 
 
 def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]:

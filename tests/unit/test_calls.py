@@ -861,3 +861,42 @@ def test_ids_lengths_offsets_and_masks_agree(lengths, layout, positions):
         if positions == "user":
             rows = rows[n > 0]
         assert torch.equal(rows, x[changed])
+
+
+# --- Ctrl-C while the hooks are put on ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("before", [True, False], ids=["before", "just after"])
+def test_an_interruption_while_hooks_are_put_on_leaves_the_outputs_alone(
+    monkeypatch, number, before
+):
+    """Two sites take seven hooks; one that torch had just registered may stay, and does nothing."""
+    model, count = Loop(), 0
+    plain = model(IDS)
+
+    def interrupted(register):
+        def wrapped(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == number and before:
+                raise KeyboardInterrupt
+            handle = register(*args, **kwargs)
+            if count == number:
+                raise KeyboardInterrupt
+            return handle
+
+        return wrapped
+
+    user = Site("body", positions_from=TokenIds("embedding"), call="all")
+    everywhere = Site("head", positions="all")
+    with monkeypatch.context() as patch:
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            patch.setattr(nn.Module, name, interrupted(getattr(nn.Module, name)))
+        with pytest.raises(KeyboardInterrupt), capture(model, user, everywhere):
+            pytest.fail("every hook was put on")
+    assert len(hooked(model)) <= (0 if before else 1)
+    assert torch.equal(model(IDS), plain)
+    with capture(model, everywhere) as captured:
+        model(IDS)
+    assert len(captured[everywhere]) == IDS.numel()

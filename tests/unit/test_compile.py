@@ -710,3 +710,13 @@ def test_a_steered_model_is_exported_for_batches_of_any_size():
         program = torch.export.export(model, (IDS,), dynamic_shapes=sizes).module()
         for batch in (2, 7, 70):
             close(program(some_ids(batch)), model(some_ids(batch)))
+
+
+def test_a_recipe_that_is_refused_leaves_the_graph_alone():
+    model = Sequence()
+    with attach(model, SAE, site=USER, steering=STEERING) as attachment:
+        fast = compiled(model)
+        steered = fast(IDS)
+        with pytest.raises(SiteError, match="alpha is nan"):
+            attachment.steering = replace(OTHER, alpha=float("nan"))
+        assert torch.equal(fast(IDS), steered)

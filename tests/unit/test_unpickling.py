@@ -1004,3 +1004,8 @@ def test_every_truncation_is_refused(tmp_path):
         for length in range(0, len(content), 1 if not zipped else 7):
             path.write_bytes(content[:length])
             assert isinstance(refusal_or_value(path), CheckpointError), length
+
+
+def test_names_of_prefixes_without_end_are_refused():
+    with pytest.raises(ModelError, match="over 100 prefixes"):
+        find_state_dict({"model." * 5000 + "weight": torch.ones(1)})
