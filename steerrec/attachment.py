@@ -62,7 +62,7 @@ class _InForce:
 
     def transform_on(self, device: torch.device) -> SteerTransform:
         """The transform on the device of the rows, copied there once."""
-        if self.transform.steps.device == device:
+        if self.transform.shift.device == device:
             return self.transform
         found = self.elsewhere.get(device)
         if found is None:
@@ -327,7 +327,7 @@ class Attachment:
             return torch.where(graphed.on, graphed.transform(rows, alpha), rows)
         if _probing.get():
             return None
-        self._latest.rows = rows.detach().clone()
+        self._latest.rows = rows.detach().clone() if rows.requires_grad else rows.clone()
         now = self._now
         strength, users, enabled = now.strength, None, now.enabled
         for scope in _scopes.get():

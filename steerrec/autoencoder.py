@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerrec.errors import ArtifactError
-from steerrec.graphs import is_graphed
 from steerrec.selection import largest
-
-FEW_ROWS = 4
-"""Up to so many user vectors the cost of a call counts for more than the work."""
 
 
 class Latents(NamedTuple):
@@ -114,12 +110,6 @@ class SparseAutoencoder(nn.Module):
 
     def directions(self, latents: Latents) -> Tensor:
         """The sum of decoder rows weighted by the latents, without bias: [B, d_in]."""
-        if (
-            not is_graphed() and len(latents.indices) <= 2 * FEW_ROWS
-        ):  # embedding_bag would wake threads for them
-            rows = self.W_dec.index_select(0, latents.indices.reshape(-1))
-            picked = rows.view(*latents.indices.shape, self.d_in)  # [B, k, d_in]
-            return (latents.values.unsqueeze(2) * picked).sum(dim=1)
         return F.embedding_bag(
             latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum"
         )

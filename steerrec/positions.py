@@ -104,7 +104,12 @@ def find_rows(
     if length == 0:
         raise SiteError(f"site {site.name} emits histories of length 0; expected items in them")
     if source == "last":
-        return Place(last=-1), Firing(tensor[:, -1], batch, call)
+        return Place(last=-1), Firing(tensor.select(1, -1), batch, call)
+    if batch == 1 and site.positions == "user" and not is_graphed():
+        found = _last_of_one(site, seen, length)
+        if found is not None:  # a single request: Python is faster than five kernels
+            place = Place(last=found[0], items=found[1])
+            return place, Firing(tensor.select(1, found[0]), 1, call, ids)
     if isinstance(source, Lengths):
         steps = torch.arange(length, device=tensor.device)
         real = steps < _lengths(site, source, seen, batch, tensor.device)[:, None]
@@ -114,16 +119,25 @@ def find_rows(
         owners, places = real.nonzero(as_tuple=True)
         rows = tensor[owners, places]
         return Place((owners, places)), Firing(rows, batch, call, ids, owners)
-    if (
-        not is_graphed() and batch == 1 and real.device.type == "cpu"
-    ):  # a single request: Python is faster than five kernels
-        found = real[0].tolist()
-        position = length - 1 - found[::-1].index(True) if True in found else 0
-        place = Place(last=position, items=sum(found))
-        return place, Firing(tensor[:, position], batch, call, ids)
     items, last = real.cumsum(dim=1).max(dim=1)  # the first of several maxima: the last real one
     rows = tensor.gather(1, _at(last, width)).squeeze(1)
     return Place(last=last, items=items), Firing(rows, batch, call, ids)
+
+
+def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int, int] | None:
+    """The last real position of a single history and how many it has; None to ask tensors."""
+    source = site.positions_from
+    latest = seen[-1] if seen else None
+    if latest is None or latest.shape != (1, length) or latest.device.type != "cpu":
+        return None
+    told = latest.tolist()[0]
+    if isinstance(source, TokenIds):
+        real = [number != source.pad_id for number in told]
+    elif isinstance(source, RealMask):
+        real = [bool(number) is not source.padding for number in told]
+    else:
+        return None
+    return (length - 1 - real[::-1].index(True) if True in real else 0), sum(real)
 
 
 def _jagged_rows(
@@ -229,7 +243,7 @@ def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor
     if isinstance(place.last, int):
         new = tensor.clone()
         if place.items != 0:
-            new[:, place.last] = new_rows
+            new.select(1, place.last).copy_(new_rows)
         return new
     if place.last is not None:
         if isinstance(place.items, Tensor):

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steerrec.autoencoder import FEW_ROWS, SparseAutoencoder
+from steerrec.autoencoder import SparseAutoencoder
+from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.graphs import is_graphed
 
@@ -139,7 +141,7 @@ class SteerTransform(nn.Module):
     """
 
     bias: Tensor  # [d_sae]
-    steps: Tensor  # [2, 1, d_sae]: nothing, and what strength 1 adds
+    shift: Tensor  # [d_sae], what strength 1 adds to each pre-activation
 
     def __init__(self, sae: SparseAutoencoder, steering: Steering) -> None:
         super().__init__()
@@ -157,14 +159,9 @@ class SteerTransform(nn.Module):
                 f"{self.sae.d_sae}; use the SAE that it was made with"
             )
         self.steering = steering
-        shift = steering.shift.to(self.sae.W_enc)
-        steps = torch.stack([torch.zeros_like(shift), shift]).unsqueeze(1)
-        self.register_buffer("steps", steps, persistent=False)
-
-    @property
-    def shift(self) -> Tensor:
-        """What strength 1 adds to each pre-activation, [d_sae]."""
-        return self.steps[1, 0]
+        # a tensor of its own, contiguous: graphs keep it, and it is written to
+        shift = steering.shift.to(self.sae.W_enc).clone(memory_format=torch.contiguous_format)
+        self.register_buffer("shift", shift, persistent=False)
 
     def with_steering(self, steering: Steering) -> SteerTransform:
         """Another recipe on the same SAE, which the two share."""
@@ -190,7 +187,7 @@ class SteerTransform(nn.Module):
                 "it before compiling"
             )
         self.steering = other.steering
-        self.steps.copy_(other.steps)
+        self.shift.copy_(other.shift)
 
     def forward(self, x: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """Steered user vectors.
@@ -212,7 +209,7 @@ class SteerTransform(nn.Module):
                     f"alpha has {given} for {len(x)} user vectors; expected one number or one per "
                     "user"
                 )
-            strength = strength.to(self.steps).reshape(-1, 1)
+            strength = strength.to(self.shift).reshape(-1, 1)
         if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
             with torch.autocast(x.device.type, enabled=False):
                 return self._steered(x, strength)
@@ -226,30 +223,35 @@ class SteerTransform(nn.Module):
             else:
                 strengths = repeat(strength)
             return torch.cat([self._steered(*part) for part in zip(parts, strengths, strict=False)])
-        sae = self.sae
-        pre_acts = sae.pre_acts(x.to(self.steps), self.bias)  # [B, d_sae]
-        if self.steering.splice == "reconstruct":
-            return sae.decode(sae.activate(_moved(pre_acts, self.steps[1], strength))).to(x)
-        if not is_graphed() and len(x) <= FEW_ROWS:
-            # one selection and one decode for both
-            both = _both(pre_acts, self.steps, strength).flatten(0, 1)
-            directions = sae.directions(sae.activate(both))
-            before, after = directions[: len(x)], directions[len(x) :]
-        else:
-            before = sae.directions(sae.activate(pre_acts))
-            after = sae.directions(sae.activate(_moved(pre_acts, self.steps[1], strength)))
-        return x + (after - before).to(x)
+        sae, delta = self.sae, self.steering.splice == "delta"
+        pre_acts = sae.pre_acts(x.to(self.shift), self.bias)  # [B, d_sae]
+        change = _compiled(pre_acts, self.shift, strength, sae, delta)
+        if change is None:
+            before = sae.directions(sae.activate(pre_acts)) if delta else None
+            moved = pre_acts + strength * self.shift
+            change = sae.directions(sae.activate(moved))
+            change = change if before is None else change - before
+        return x + change.to(x) if delta else (change + sae.b_dec).to(x)
 
 
-def _moved(pre_acts: Tensor, shift: Tensor, strength: float | Tensor) -> Tensor:
-    """The pre-activations, shifted where they are: nobody needs them as they were."""
-    if isinstance(strength, Tensor):
-        return pre_acts.addcmul_(strength, shift)
-    return pre_acts.add_(shift, alpha=strength)
+def _compiled(
+    pre_acts: Tensor,
+    shift: Tensor,
+    strength: float | Tensor,
+    sae: SparseAutoencoder,
+    delta: bool,
+) -> Tensor | None:
+    """What shifted pre-activations decode to, less what they do themselves if `delta`: [B, H].
 
-
-def _both(pre_acts: Tensor, steps: Tensor, strength: float | Tensor) -> Tensor:
-    """The pre-activations as they are and shifted, [2, B, d_sae]."""
-    if isinstance(strength, Tensor):
-        return torch.addcmul(pre_acts, strength, steps)
-    return torch.add(pre_acts, steps, alpha=strength)
+    None where torch has to compute it.
+    """
+    given = (strength,) if isinstance(strength, Tensor) else ()
+    arrays = as_arrays(pre_acts, shift, sae.W_dec, *given)
+    loops = None if arrays is None else kernels()
+    if arrays is None or loops is None:
+        return None
+    acts, step, decoder = arrays[:3]
+    alpha = arrays[3].ravel() if given else np.array([strength], np.float32)
+    change = pre_acts.new_empty(len(pre_acts), sae.d_in)
+    done = loops.steered(acts, step, alpha, decoder, sae.k, delta, change.numpy())
+    return change if done else None

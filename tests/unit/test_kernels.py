@@ -1,0 +1,254 @@
+"""The compiled loops: the same as torch operations give, and left aside where torch is needed."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from steerrec import compiled
+from steerrec.autoencoder import SparseAutoencoder
+from steerrec.compiled import as_arrays, kernels
+from steerrec.selection import largest
+from steerrec.steering import Steering, SteerTransform
+
+WIDTH, LATENTS, K = 8, 512, 5
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def transform(splice="delta", *, latents=LATENTS, k=K):
+    sae = SparseAutoencoder(WIDTH, latents, k, generator=generator()).requires_grad_(False)
+    sae.b_enc.normal_(0, 0.1, generator=generator(1))
+    sae.b_dec.normal_(0, 0.1, generator=generator(2))
+    shift = 0.3 * torch.randn(latents, generator=generator(3))
+    return SteerTransform(sae, Steering(shift, splice=splice))
+
+
+def by_definition(step, x, alpha):
+    """The formulas of the method, one vector after the other, with a full sort."""
+    sae, rows = step.sae, []
+    for row, strength in zip(x, alpha, strict=True):
+        z = (row - sae.b_dec) @ sae.W_enc + sae.b_enc
+
+        def decoded(z):
+            order = z.argsort(descending=True)[: sae.k]
+            return sum(z[j].clamp_min(0) * sae.W_dec[j] for j in order.tolist()) + sae.b_dec
+
+        after = decoded(z + strength * step.shift)
+        rows.append(row + after - decoded(z) if step.steering.splice == "delta" else after)
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a loop was used."""
+    used = []
+    loops = kernels()
+
+    class Counted:
+        def __getattr__(self, name):
+            return lambda *args: used.append(name) or getattr(loops, name)(*args)
+
+    counted = Counted()
+    for module in ("steerrec.steering", "steerrec.selection"):
+        monkeypatch.setattr(sys.modules[module], "kernels", lambda: counted)
+    return used
+
+
+@pytest.mark.parametrize("splice", ["delta", "reconstruct"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 300])
+@pytest.mark.parametrize("latents", [512, 500, 6, 5])
+def test_a_steered_vector_is_what_the_formulas_say(calls, splice, rows, latents):
+    step = transform(splice, latents=latents)
+    x = torch.randn(rows, WIDTH, generator=generator(4))
+    alpha = torch.rand(rows, generator=generator(5)) * 4 - 2
+    torch.testing.assert_close(step(x, alpha), by_definition(step, x, alpha), atol=1e-5, rtol=1e-5)
+    same = torch.full((rows,), 0.7)
+    torch.testing.assert_close(step(x, 0.7), by_definition(step, x, same), atol=1e-5, rtol=1e-5)
+    assert set(calls) == {"steered"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 40), width=st.integers(1, 300))
+@example(seed=0, k=40, width=40)
+@example(seed=0, k=1, width=1)
+def test_the_largest_among_many_ties(seed, k, width):
+    k = min(k, width)
+    values = torch.randint(-3, 4, (5, width), generator=generator(seed)).float()
+    entries, indices = largest(values, k)
+    expected = values.sort(dim=1, descending=True).values[:, :k]
+    assert torch.equal(entries.sort(dim=1, descending=True).values, expected)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    assert torch.equal(entries, values.gather(1, indices))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        torch.zeros(4096),
+        -torch.zeros(4096),
+        torch.full((4096,), 3e38),
+        torch.linspace(-1e38, 1e38, 4096),
+        torch.full((4096,), 1e-45) * torch.arange(4096),
+        torch.cat([torch.ones(4095), torch.full((1,), 1.0000001)]),
+        torch.cat([torch.full((64,), 5.0), torch.zeros(4032)]).reshape(64, 64).T.reshape(-1),
+        torch.arange(4096.0),
+        -torch.arange(4096.0),
+    ],
+    ids=["zeros", "−0", "huge", "wide", "tiny", "nearly equal", "one group", "up", "down"],
+)
+def test_the_largest_of_hard_rows(calls, row):
+    values = torch.stack([row, row.flip(0)])
+    entries, indices = largest(values, 32)
+    expected = values.topk(32).values
+    assert torch.equal(entries.sort(dim=1, descending=True).values, expected)
+    assert all(len(set(chosen)) == 32 for chosen in indices.tolist())
+    assert calls == ["largest"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_are_left_to_torch(value):
+    values = torch.randn(3, 4096, generator=generator())
+    values[1, 77] = value
+    found = largest(values, 32)[0].sort(dim=1, descending=True).values
+    torch.testing.assert_close(found, values.topk(32).values, equal_nan=True, atol=0, rtol=0)
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    x[1, 2] = value
+    steered = step(x)
+    assert not steered[1].isfinite().any()
+    torch.testing.assert_close(steered[[0, 2]], step(x[[0, 2]]))
+
+
+def test_an_empty_edit_changes_no_bit():
+    step = transform()
+    x = torch.randn(300, WIDTH, generator=generator())
+    assert torch.equal(step(x, 0.0), x)
+    assert torch.equal(step(x, torch.zeros(300)), x)
+    assert torch.equal(step.with_steering(Steering(torch.zeros(LATENTS)))(x, 3.0), x)
+
+
+def test_nothing_that_is_given_is_written_to():
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
+    given, shift = x.clone(), step.shift.clone()
+    step(x)
+    assert torch.equal(x, given)
+    assert torch.equal(step.shift, shift)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in step.state_dict().items())
+
+
+def test_strengths_that_share_their_memory_are_taken_one_by_one(calls):
+    step, x = transform(), torch.randn(4, WIDTH, generator=generator())
+    one = torch.tensor(0.5)
+    for alpha in (one, one.expand(4), torch.full((8,), 0.5)[::2], torch.full((4,), 0.5).double()):
+        torch.testing.assert_close(step(x, alpha), step(x, 0.5))
+    assert calls
+
+
+def test_vectors_in_any_layout_and_dtype():
+    step = transform()
+    x = torch.randn(WIDTH, 6, generator=generator()).T
+    assert not x.is_contiguous()
+    torch.testing.assert_close(step(x), step(x.contiguous()))
+    assert step(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(step(x.bfloat16()).float(), step(x), atol=0.05, rtol=0.05)
+    doubled = transform().double()
+    torch.testing.assert_close(doubled(x.double()).float(), step(x))
+
+
+def test_no_rows_at_all():
+    assert transform()(torch.zeros(0, WIDTH)).shape == (0, WIDTH)
+    entries, indices = largest(torch.zeros(0, 16), 3)
+    assert entries.shape == indices.shape == (0, 3)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_come_from_torch():
+    step = transform()
+    x = torch.randn(3, WIDTH, generator=generator(), requires_grad=True)
+    y = step(x)
+    assert y.requires_grad
+    close(y.detach(), step(x.detach()))
+    y.sum().backward()
+    assert x.grad is not None
+    alpha = torch.ones(3, requires_grad=True)
+    step(x.detach(), alpha).sum().backward()
+    assert alpha.grad.abs().sum() > 0
+
+
+def test_forward_mode_is_not_taken_for_no_gradient():
+    """torch has no forward derivative of embedding_bag: it says so, where a loop would say zero."""
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(step, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        step(forward_ad.make_dual(x, x))
+
+
+def test_vmap():
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    close(torch.vmap(lambda row: step(row[None])[0])(x), step(x))
+
+
+def test_modes_see_every_operation():
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    with FlopCounterMode(display=False) as counter:
+        close(step(x), transform()(x))
+    assert counter.get_total_flops() >= 2 * 2 * 3 * WIDTH * LATENTS
+    graph = make_fx(step)(x)
+    other = torch.randn(3, WIDTH, generator=generator(9))
+    close(graph(other), step(other))
+
+
+def test_which_tensors_become_arrays():
+    x = torch.randn(3, 4)
+    (array,) = as_arrays(x)
+    array[0, 0] = 7
+    assert x[0, 0] == 7
+    for other in (x.double(), x.to("meta"), x.T, x.clone().requires_grad_()):
+        assert as_arrays(other) is None
+    with torch.no_grad():
+        assert as_arrays(x.clone().requires_grad_()) is not None
+
+
+def test_without_numba_torch_does_it_all(monkeypatch):
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    expected = step(x)
+    compiled.kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "steerrec.kernels", None)  # as if the import failed
+    try:
+        with pytest.warns(RuntimeWarning, match="numba cannot be imported"):
+            close(step(x), expected)
+        close(step(x), expected)
+    finally:
+        compiled.kernels.cache_clear()
+
+
+def test_threads_do_not_wait_for_each_other_nor_mix():
+    step = transform()
+    inputs = [torch.randn(50, WIDTH, generator=generator(i)) for i in range(8)]
+    expected = [step(x, float(i)) for i, x in enumerate(inputs)]
+    wrong = []
+
+    def run(i):
+        right = (torch.equal(step(inputs[i], float(i)), expected[i]) for _ in range(50))
+        if not all(right):
+            wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
