@@ -167,8 +167,10 @@ class Artifact:
                 raise ArtifactError(
                     f"the artifact was made for a {recorded.get('class')}: {error}"
                 ) from error
-            for key in ("class", "width", "items", "model_sha256"):
+            for key in ("class", "width", "items", "model_sha256", "config_sha256"):
                 if recorded.get(key) == found[key] or (not strict and key != "width"):
+                    continue
+                if key == "config_sha256" and key not in recorded:  # from before it was recorded
                     continue
                 raise ArtifactError(
                     f"the artifact was made for a {recorded.get('class')} "
