@@ -9,17 +9,19 @@ objects (`steerrec.adapters.recbole`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor
 
-from steerrec.adapters.sasrec import SASRecConfig, SASRecModel, SASRecRecommender
+from steerrec.adapters.rebuilding import count_layers, items_for, rebuild, table_of, weights_of
+from steerrec.adapters.sasrec import SASRecConfig, SASRecRecommender
 from steerrec.data import Catalogue
 from steerrec.errors import ModelError
-from steerrec.unpickling import find_state_dict, read_checkpoint
+from steerrec.specs import join_spec
+from steerrec.unpickling import read_checkpoint
 
 _LAYER = "trm_encoder.layer.{}."
 _PARTS = {
@@ -60,80 +62,58 @@ def load(
         own.
     """
     checkpoint = read_checkpoint(path)
-    weights = find_state_dict(checkpoint)
-    needed = "trm_encoder.layer.0.multi_head_attention.query.weight"
-    if "item_embedding.weight" not in weights or needed not in weights:
-        found = ", ".join(sorted(weights)[:4])
-        raise ModelError(
-            f"{path} is not a RecBole SASRec checkpoint: it has {found}, …; expected "
-            f"item_embedding.weight and {needed}. Open other RecBole models with RecBole and wrap "
-            "the live object"
-        )
-    if not {name.split(".")[0] for name in weights} <= _OWN:
-        others = sorted({name.split(".")[0] for name in weights} - _OWN)
-        raise ModelError(
-            f"{path} has {', '.join(others[:3])} besides what RecBole's SASRec has: it is another "
-            "model; open it with RecBole and wrap the live object"
-        )
+    needed = ("item_embedding.weight", _LAYER.format(0) + "multi_head_attention.query.weight")
+    weights = weights_of(path, checkpoint, "RecBole", needed=needed, own=_OWN)
+    rows, width = table_of(path, weights, "item_embedding.weight")
+    layers = count_layers(path, weights, "trm_encoder.layer")
     settings = _settings(checkpoint)
-    num_items, width = weights["item_embedding.weight"].shape
-    num_items -= 1
-    if items is None:
-        items = _numbered(num_items)
-    elif len(items) != num_items:
-        raise ModelError(
-            f"{path} has {num_items} items, the catalogue has {len(items)}; give the data that it "
-            "was trained on with the same k-core (--k-core), or the order of its items (--item-map)"
-        )
+    inner = _LAYER.format(0) + "feed_forward.dense_1.weight"
     config = SASRecConfig(
-        num_items=num_items,
+        num_items=rows - 1,
         hidden_size=width,
-        num_hidden_layers=_count_layers(weights),
-        num_attention_heads=_setting(path, settings, "n_heads", heads),
-        intermediate_size=len(weights[_LAYER.format(0) + "feed_forward.dense_1.weight"]),
-        hidden_act=_setting(path, settings, "hidden_act", hidden_act),
-        max_position_embeddings=len(weights["position_embedding.weight"]),
+        num_hidden_layers=layers,
+        num_attention_heads=_setting(path, settings, "n_heads", "heads", heads),
+        intermediate_size=table_of(path, weights, inner)[0],
+        hidden_act=_setting(path, settings, "hidden_act", "hidden_act", hidden_act),
+        max_position_embeddings=table_of(path, weights, "position_embedding.weight")[0],
         norm_first=False,
         embedding_norm=True,
-        layer_norm_eps=float(settings.get("layer_norm_eps", 1e-12)),
+        layer_norm_eps=eps if type(eps := settings.get("layer_norm_eps")) is float else 1e-12,
     )
-    model = SASRecModel(config)
-    try:
-        model.load_state_dict(_translated(weights, config.num_hidden_layers))
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[2].strip() or str(error)
-        raise ModelError(f"{path} does not fit RecBole's SASRec: {reason}") from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return SASRecRecommender(model, items, source=f"recbole:{path}")
+    return rebuild(
+        path,
+        "RecBole",
+        config,
+        weights,
+        partial(_translated, layers=layers),
+        items_for(path, items, rows - 1),
+        source=join_spec("recbole", path, heads=heads, hidden_act=hidden_act),
+        device=device,
+    )
 
 
 _OWN = {"item_embedding", "position_embedding", "trm_encoder", "LayerNorm"}
 
 
-def _translated(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+def _translated(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """RecBole's weights under the names of `SASRecModel`."""
     new = {
-        "item_embedding.weight": weights["item_embedding.weight"],
-        "position_embedding.weight": weights["position_embedding.weight"],
+        "item_embedding.weight": weights.pop("item_embedding.weight"),
+        "position_embedding.weight": weights.pop("position_embedding.weight"),
     }
     for kind in ("weight", "bias"):
-        new[f"embedding_norm.{kind}"] = weights[f"LayerNorm.{kind}"]
+        new[f"embedding_norm.{kind}"] = weights.pop(f"LayerNorm.{kind}")
         for number in range(layers):
             theirs, ours = _LAYER.format(number), f"layers.{number}."
             new[f"{ours}attention.qkv.{kind}"] = torch.cat(
-                [weights[f"{theirs}multi_head_attention.{p}.{kind}"] for p in _PROJECTIONS]
+                [weights.pop(f"{theirs}multi_head_attention.{p}.{kind}") for p in _PROJECTIONS]
             )
             for own, other in _PARTS.items():
-                new[f"{ours}{own}.{kind}"] = weights[f"{theirs}{other}.{kind}"]
+                new[f"{ours}{own}.{kind}"] = weights.pop(f"{theirs}{other}.{kind}")
     return new
 
 
 _PROJECTIONS = ("query", "key", "value")
-
-
-def _count_layers(weights: Mapping[str, Tensor]) -> int:
-    prefix = "trm_encoder.layer."
-    return 1 + max(int(name.split(".")[2]) for name in weights if name.startswith(prefix))
 
 
 def _settings(checkpoint: Any) -> dict[str, Any]:
@@ -147,23 +127,15 @@ def _settings(checkpoint: Any) -> dict[str, Any]:
     return {}
 
 
-def _setting(path: str | Path, settings: Mapping[str, Any], name: str, given: Any) -> Any:
+def _setting(
+    path: str | Path, settings: Mapping[str, Any], name: str, ours: str, given: Any
+) -> Any:
     if given is not None:
         return given
-    if name not in settings:
+    kind = int if ours == "heads" else str
+    if type(found := settings.get(name)) is not kind:
         raise ModelError(
-            f"{path} does not say {name}, which its weights do not show; expected RecBole's config "
-            f"in the checkpoint, or the setting as an argument of load()"
+            f"{path} does not say {name}, which its weights do not show; open it as "
+            f"recbole:{path},{ours}=… with what RecBole's configuration had"
         )
-    return settings[name]
-
-
-def _numbered(num_items: int) -> Catalogue:
-    """A catalogue that knows of each item only its number in RecBole."""
-    rows = pl.int_range(num_items, dtype=pl.Int64, eager=True)
-    frame = pl.DataFrame({"row": rows, "item_id": rows + 1})
-    return Catalogue(
-        frame.with_columns(
-            pl.lit(None, dtype=pl.String).alias("title"), pl.lit(0, dtype=pl.Int64).alias("count")
-        )
-    )
+    return found

@@ -3,6 +3,9 @@
 Causal self-attention over a history, right-padded: item ids are 1..N (catalogue row + 1), 0 pads.
 With causal attention no real position ever sees the padding behind it, so there is no key mask
 and `scaled_dot_product_attention` takes its fastest path. Training is in `sasrec_training`.
+
+Options that a new model does without (other `norm_first` than True, left padding, positions from
+the end, …) are what other libraries' SASRecs compute, so that their weights give their scores here.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +46,24 @@ class SASRecConfig(PreTrainedConfig):
     max_position_embeddings
         How many of the latest items the model reads (L).
     norm_first
-        Pre-norm blocks with a final layer norm (True), or post-norm blocks (False).
+        Pre-norm blocks (True), post-norm blocks (False), or those of the paper's own code
+        ("queries"): before attention only the queries are normalised, not the keys and values,
+        and both residuals start from normalised vectors.
+    final_norm
+        Whether hidden states are layer-normalised after the last block; None for as `norm_first`
+        says: not in post-norm models, whose last block does.
     embedding_norm
         Whether the sum of item and position embeddings is layer-normalised.
     scale_embeddings
         Whether item embeddings are multiplied by sqrt(hidden_size) at the input.
+    padding_side
+        With "left" a history fills the window from the left with padding, which has an embedding
+        (row 0) without a position, and which items attend to as to other items.
+    zero_padding
+        Whether hidden states of padding are set to zero at the input and after each block.
+    positions_from_end
+        Whether the newest item has the last position of the window, whatever the length of the
+        history; with left padding that is so anyway.
     """
 
     model_type = "steerrec_sasrec"
@@ -61,19 +77,28 @@ class SASRecConfig(PreTrainedConfig):
     max_position_embeddings: int = 200
     hidden_dropout_prob: float = 0.2
     attention_probs_dropout_prob: float = 0.0
-    norm_first: bool = True
+    norm_first: bool | Literal["queries"] = True
+    final_norm: bool | None = None
     embedding_norm: bool = False
     scale_embeddings: bool = False
+    padding_side: Literal["right", "left"] = "right"
+    zero_padding: bool = False
+    positions_from_end: bool = False
     layer_norm_eps: float = 1e-8
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     pad_token_id: int | None = PAD
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ModelError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ModelError(
+                f"hidden_act {self.hidden_act!r} is no activation that transformers has; expected "
+                "such as gelu, relu, silu, tanh"
             )
         super().__post_init__(**kwargs)
 
@@ -88,10 +113,17 @@ class SASRecAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix each position with itself and those before it, [B, L, H]."""
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Mix each position with itself and those before it, [B, L, H].
+
+        `queries` are what each position asks with, where that is not what it is asked for.
+        """
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        projected = self.qkv(x)  # [B, L, 3 H]
+        if queries is not None:
+            asked = F.linear(queries, self.qkv.weight[:width], self.qkv.bias[:width])
+            projected = torch.cat([asked, projected[..., width:]], dim=-1)
+        qkv = projected.view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, H / heads]
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -118,7 +150,11 @@ class SASRecLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, L, H] of the next layer."""
         out: Tensor
-        if self.norm_first:
+        if self.norm_first == "queries":
+            queries = self.attention_norm(x)
+            x = self.feed_forward_norm(queries + self.dropout(self.attention(x, queries)))
+            out = x + self.dropout(self.feed_forward(x))
+        elif self.norm_first:
             x = x + self.dropout(self.attention(self.attention_norm(x)))
             out = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         else:
@@ -137,8 +173,8 @@ class SASRecOutput(ModelOutput):
 class SASRecModel(PreTrainedModel):
     """SASRec; items are scored by their input embeddings unless `tie_word_embeddings` is False.
 
-    The user vector is the output of `final_norm` at the last real position (an identity in
-    post-norm models, so that the site has one name); `score` multiplies it with the item matrix.
+    The user vector is the output of `final_norm` at the newest item (an identity in models without
+    one, so that the site has one name); `score` multiplies it with the item matrix.
     """
 
     config_class = SASRecConfig
@@ -156,10 +192,9 @@ class SASRecModel(PreTrainedModel):
         )
         self.embedding_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_hidden_layers))
+        last = bool(config.norm_first) if config.final_norm is None else config.final_norm
         self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.norm_first
-            else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if last else nn.Identity()
         )
         self.output_embedding = (
             None
@@ -176,27 +211,57 @@ class SASRecModel(PreTrainedModel):
         return self.item_embedding.weight[1:]
 
     def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> SASRecOutput:
-        """Hidden states for right-padded `input_ids` [B, L] of ids 1..N (0 pads)."""
-        length = input_ids.shape[1]
-        if length > self.config.max_position_embeddings:
+        """Hidden states for padded `input_ids` [B, L] of ids 1..N (0 pads).
+
+        Raises
+        ------
+        ModelError
+            If they are wider than the window, or with left padding are not just as wide.
+        """
+        length, window = input_ids.shape[1], self.config.max_position_embeddings
+        if length > window:
             raise ModelError(
-                f"histories of {length} items; this model reads at most "
-                f"{self.config.max_position_embeddings}: keep the latest ones"
+                f"histories of {length} items; this model reads at most {window}: keep the latest "
+                "ones"
+            )
+        if length < window and self.config.padding_side == "left":
+            raise ModelError(
+                f"ids {length} wide; this model reads histories that are padded on the left to all "
+                f"of its window of {window}"
             )
         x = self.item_embedding(input_ids)  # [B, L, H]
         if self.config.scale_embeddings:
             x = x * self.config.hidden_size**0.5
-        x = x + self.position_embedding.weight[:length]
-        x = self.embedding_dropout(self.embedding_norm(x))
+        x = x + self._positions(input_ids)
+        x = self._zeroed(self.embedding_dropout(self.embedding_norm(x)), input_ids)
         for layer in self.layers:
-            x = layer(x)
+            x = self._zeroed(layer(x), input_ids)
         return SASRecOutput(last_hidden_state=self.final_norm(x))
+
+    def _positions(self, input_ids: Tensor) -> Tensor:
+        """What is added for the place of each item, [L, H] or [B, L, H]."""
+        weight = self.position_embedding.weight
+        length = input_ids.shape[1]
+        if self.config.padding_side == "left":
+            return weight * (input_ids != PAD).unsqueeze(-1)
+        if self.config.positions_from_end:
+            lengths = (input_ids != PAD).sum(dim=1, keepdim=True)  # [B, 1]
+            places = torch.arange(length, device=input_ids.device) + len(weight) - lengths
+            return weight[places.clamp_max(len(weight) - 1)]
+        return weight[:length]
+
+    def _zeroed(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """The hidden states, those of padding set to zero if the configuration says so."""
+        return x * (input_ids != PAD).unsqueeze(-1) if self.config.zero_padding else x
 
     def score(self, input_ids: Tensor) -> Tensor:
         """Scores [B, N] of every item as the next one after `input_ids` [B, L]."""
         hidden = self(input_ids).last_hidden_state
-        last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
-        user_vectors = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        if self.config.padding_side == "left":
+            user_vectors = hidden[:, -1]
+        else:
+            last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
+            user_vectors = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         scores: Tensor = user_vectors @ self.item_matrix.T
         return scores
 
@@ -220,7 +285,7 @@ class SASRecRecommender:
 
     @cached_property
     def site(self) -> Site:
-        """The output of `final_norm` at the last real position: the scored vector itself."""
+        """The output of `final_norm` at the newest item: the scored vector itself."""
         return Site("final_norm", positions_from=TokenIds("item_embedding", pad_id=PAD))
 
     @property
@@ -235,9 +300,14 @@ class SASRecRecommender:
         return ItemHead(self.model.item_matrix)
 
     def make_batch(self, histories: Histories) -> Mapping[str, Tensor]:
-        """`input_ids` [B, L]: catalogue rows + 1, right-padded to the longest history here."""
-        longest = int(histories.lengths.max(initial=1))
-        padded = histories.padded(min(longest, self.max_length), -1, side="right") + 1
+        """`input_ids` [B, L]: catalogue rows + 1, padded on the side that the model reads.
+
+        On the right to the longest history here, on the left to the whole window.
+        """
+        side = self.model.config.padding_side
+        longest = min(int(histories.lengths.max(initial=1)), self.max_length)
+        width = longest if side == "right" else self.max_length
+        padded = histories.padded(width, -1, side=side) + 1
         return {"input_ids": torch.from_numpy(padded).to(self.model.device)}
 
     def score(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -249,9 +319,24 @@ class SASRecRecommender:
         """Adapter, source and architecture, for an artifact's record."""
         keys = ("num_items", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         config = {key: getattr(self.model.config, key) for key in keys}
+        for key in _UNSEEN:  # as far as they are not the default: new options change no record
+            if (value := getattr(self.model.config, key)) != getattr(SASRecConfig, key):
+                config[key] = value
         return {"adapter": "sasrec", "source": self.source, "config": config}
 
 
+# What decides what is computed, and does not show in the weights.
+_UNSEEN = (
+    "num_attention_heads",
+    "hidden_act",
+    "norm_first",
+    "final_norm",
+    "scale_embeddings",
+    "padding_side",
+    "zero_padding",
+    "positions_from_end",
+    "layer_norm_eps",
+)
 ITEMS_FILE = "items.parquet"
 
 

@@ -282,6 +282,11 @@ class _Run:
         self.split, self.catalogue = split, catalogue
         self.config, self.training, self.device = config, training, device
         self.windows = training_windows(split.train, config.max_position_embeddings)
+        if config.padding_side == "left":
+            raise TrainingError(
+                "padding_side is 'left', which is for models of other libraries; expected 'right': "
+                "training windows are padded there"
+            )
         if len(catalogue) < 10:
             raise TrainingError(
                 f"the catalogue has {len(catalogue)} items; expected at least 10, since nDCG@10 "

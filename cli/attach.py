@@ -14,7 +14,7 @@ from steerrec.cli import options as opt
 
 
 def attach(
-    model: Annotated[str, typer.Argument(help="MODEL folder, Hub id, or pkg.module:function.")],
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP)],
     data: opt.DataOption,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="ARTIFACT folder to write.", show_default=False)
@@ -57,6 +57,7 @@ def attach(
     from steerrec.artifacts import Artifact
     from steerrec.evaluation import reconstruction_cost
     from steerrec.layers import site_at
+    from steerrec.loading import holds_no_items
     from steerrec.training import SAETraining, fit_autoencoder
 
     opt.refuse_existing(output, force, kind="ARTIFACT folder")
@@ -94,7 +95,12 @@ def attach(
     summary["downstream"] = reconstruction_cost(rec, sae, split, site=site)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     artifact = Artifact.create(
-        rec, sae, site=site, training=summary, data=interactions.preparation.to_dict()
+        rec,
+        sae,
+        site=site,
+        training=summary,
+        data=interactions.preparation.to_dict(),
+        items=rec.catalogue if holds_no_items(model) else None,
     )
     artifact.save(output)
     if keep_activations:

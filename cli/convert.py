@@ -11,7 +11,9 @@ from steerrec.cli import options as opt
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Checkpoint, such as recbole:model.pth.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint, such as recbole:FILE or pmixer:FILE,heads=2.")
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="MODEL folder to write.", show_default=False)
     ],

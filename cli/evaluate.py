@@ -19,7 +19,7 @@ class SplitName(StrEnum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="MODEL folder, Hub id, or pkg.module:function.")],
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP)],
     data: opt.DataOption,
     k: opt.K = 10,
     split: Annotated[SplitName, typer.Option("--split", help="Held-out part.")] = SplitName.test,

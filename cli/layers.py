@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def layers(
-    model: Annotated[str, typer.Argument(help="MODEL folder, Hub id, or pkg.module:function.")],
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP)],
     device: opt.Device = "cpu",
     json_output: opt.Json = False,
 ) -> None:

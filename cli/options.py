@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from steerrec.artifacts import Artifact
-    from steerrec.data import Interactions, Split
+    from steerrec.data import Catalogue, Interactions, Split
     from steerrec.evaluation import Evaluation
     from steerrec.recommender import Recommender
 
@@ -22,6 +22,10 @@ Kind = Literal["file", "MODEL folder", "ARTIFACT folder"]
 DATA_HELP = (
     "Interactions: RecBole .inter, MovieLens ratings.dat, CSV/TSV/Parquet with a header, "
     "'user item' pairs, or one sequence a line; a file or its folder."
+)
+MODEL_HELP = (
+    "MODEL folder, Hub id, pkg.module:function, or a checkpoint such as recbole:FILE or "
+    "pmixer:FILE,heads=2."
 )
 DataOption = Annotated[Path, typer.Option("--data", help=DATA_HELP, show_default=False)]
 UserCol = Annotated[
@@ -62,7 +66,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="The recommender: a folder, a Hub id, or pkg.module:function returning one.",
+        help="The recommender: a folder, a Hub id, a checkpoint such as recbole:FILE, or "
+        "pkg.module:function returning one.",
         show_default=False,
     ),
 ]
@@ -170,20 +175,21 @@ def open_model(
     device: str = "cpu",
     *,
     recorded: dict[str, Any] | None = None,
+    items: Catalogue | None = None,
 ) -> tuple[Recommender, Interactions]:
     """A model and the data for it, read as the model recorded it unless `recorded` says otherwise.
 
-    A checkpoint that holds no ids gets those of the item map, or of the data.
+    A checkpoint that holds no ids gets those of the item map, else `items`, else of the data.
     """
     from steerrec.data import Catalogue
     from steerrec.loading import holds_no_items, load_recommender, model_record
 
     if holds_no_items(model):
         interactions = read(recorded)
-        if item_map is None:
-            items = Catalogue.from_interactions(interactions)
-        else:
+        if item_map is not None:
             items = Catalogue.from_item_map(item_map, interactions)
+        elif items is None:
+            items = Catalogue.from_interactions(interactions)
         return load_recommender(model, device=device, items=items), interactions
     if item_map is not None:
         raise no_item_map(model)
@@ -207,7 +213,8 @@ def open_artifact(
 ) -> tuple[Artifact, Recommender, Interactions]:
     """An artifact, the model that it belongs to, and the data, read as the artifact recorded.
 
-    A path or function that the artifact merely records is shown, never opened or imported.
+    A checkpoint that holds no ids has those that the artifact was made with. A path or function
+    that the artifact merely records is shown, never opened or imported.
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
@@ -219,7 +226,9 @@ def open_artifact(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
             f"word; give it with --model {recorded}"
         )
-    rec, interactions = open_model(model, read, item_map, device, recorded=artifact.data)
+    rec, interactions = open_model(
+        model, read, item_map, device, recorded=artifact.data, items=artifact.items
+    )
     artifact.check(rec)
     return artifact, rec, interactions
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.errors import ArtifactError, SiteError
+from steerrec.data import Catalogue
+from steerrec.errors import ArtifactError, DataError, SiteError
 from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site
@@ -30,6 +31,7 @@ FORMAT_VERSION = 1
 RECORD = "steerrec.json"
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
+CATALOGUE = "catalogue.parquet"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NEEDED_COLUMNS = ("cohens_d", "std_a", "std_b")
 _MAX_HEADER = 25_000_000
@@ -105,11 +107,14 @@ class Artifact:
         By folder name.
     data
         How the interactions were read, the default of later commands.
+    items
+        The catalogue, where the base model is a checkpoint that does not hold its items.
     """
 
     base_model: dict[str, Any]
     sites: dict[str, SiteArtifact]
     data: dict[str, Any] = field(default_factory=dict)
+    items: Catalogue | None = None
 
     @classmethod
     def create(
@@ -120,12 +125,13 @@ class Artifact:
         site: Site | None = None,
         training: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        items: Catalogue | None = None,
     ) -> Artifact:
         """A new artifact with one SAE for a recommender."""
         site = site or rec.site
         base = {**rec.describe(), "fingerprint": {site.folder: fingerprint(rec, site)}}
         here = SiteArtifact(site, sae, dict(training or {}))
-        return cls(base, {site.folder: here}, dict(data or {}))
+        return cls(base, {site.folder: here}, dict(data or {}), items)
 
     def at(self, path: str | None = None) -> SiteArtifact:
         """The site with this module path; the only one there is by default."""
@@ -167,8 +173,10 @@ class Artifact:
                 raise ArtifactError(
                     f"the artifact was made for a {recorded.get('class')}: {error}"
                 ) from error
-            for key in ("class", "width", "items", "model_sha256"):
+            for key in ("class", "width", "items", "model_sha256", "config_sha256"):
                 if recorded.get(key) == found[key] or (not strict and key != "width"):
+                    continue
+                if key == "config_sha256" and key not in recorded:  # from before it was recorded
                     continue
                 raise ArtifactError(
                     f"the artifact was made for a {recorded.get('class')} "
@@ -176,11 +184,18 @@ class Artifact:
                     f"({_short(found[key])}): {key} differs; use the model that it was made for, "
                     "or load with strict=False to go on anyway"
                 )
+        if strict and self.items is not None and not _same_ids(self.items, rec.catalogue):
+            raise ArtifactError(
+                "the artifact was made for a model whose items have other ids, or are in another "
+                "order; leave out --item-map, or give the one that it was made with"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the whole artifact; an existing one at `path` is replaced, never mixed with."""
         with atomic_folder(path) as folder:
             write_json(folder / RECORD, self._record())
+            if self.items is not None:
+                self.items.write(folder / CATALOGUE)
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
             for name, here in self.sites.items():
                 _write_site(folder / name, here, self.base_model)
@@ -263,7 +278,8 @@ def load_artifact(
         )
     try:
         sites = {name: _read_site(folder, name, entry) for name, entry in record["sites"].items()}
-        artifact = Artifact(record["base_model"], sites, record.get("data", {}))
+        data, items = record.get("data", {}), _read_catalogue(folder / CATALOGUE)
+        artifact = Artifact(record["base_model"], sites, data, items)
         missing = set(sites) - set(artifact.base_model["fingerprint"])
     except (KeyError, TypeError, AttributeError, SiteError) as error:
         raise ArtifactError(f"{folder / RECORD} is not complete: {error!r}") from error
@@ -337,6 +353,17 @@ def _write_steering(file: Path, steering: Steering) -> Path:
     with atomic_file(file) as temporary:
         save_file({"shift": shift}, temporary, {"steering": json.dumps(recipe)})
     return file
+
+
+def _read_catalogue(file: Path) -> Catalogue | None:
+    try:
+        return Catalogue.read(file) if file.is_file() else None
+    except DataError as error:
+        raise ArtifactError(str(error)) from error
+
+
+def _same_ids(one: Catalogue, other: Catalogue) -> bool:
+    return one.item_ids.equals(other.item_ids)
 
 
 def _read_site(folder: Path, name: str, entry: Mapping[str, Any]) -> SiteArtifact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -15,18 +16,21 @@ from steerrec.data import Catalogue
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
+from steerrec.specs import read_settings, settings_of, split_spec
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILT_IN = {
     "sasrec": "steerrec.adapters.sasrec:load",
     "recbole": "steerrec.adapters.recbole_checkpoint:load",
+    "pmixer": "steerrec.adapters.pmixer_checkpoint:load",
+    "gsasrec": "steerrec.adapters.gsasrec_checkpoint:load",
 }
 _MODEL_TYPES = {"steerrec_sasrec": "sasrec"}
 
 
 def load_recommender(
-    spec: str | Path, *, device: str = "cpu", items: Catalogue | None = None, **hub: Any
+    spec: str | Path, *, device: str = "cpu", items: Catalogue | None = None, **options: Any
 ) -> Recommender:
     """Load a recommender.
 
@@ -35,19 +39,21 @@ def load_recommender(
     spec
         A saved MODEL folder, the id of a Hub repository, ``adapter:path`` for another library's
         checkpoint, or ``pkg.module:function`` returning a `Recommender`. The function is imported
-        and called: give only one that you trust.
+        and called: give only one that you trust. Settings of an adapter that a checkpoint does not
+        tell go behind its path: ``pmixer:model.pth,norm_first=true``.
     device
         Where the model goes.
     items
         The items in the order of the model's own ids, for a checkpoint of another library, which
         does not hold them.
-    **hub
-        `revision`, `token`, `cache_dir`, `local_files_only`, for a Hub repository.
+    **options
+        `revision`, `token`, `cache_dir`, `local_files_only`, for a Hub repository; or an adapter's
+        settings, such as `heads`.
 
     Raises
     ------
     ModelError
-        If nothing of the kind can be found or loaded.
+        If nothing of the kind can be found or loaded, or the adapter has no such setting.
     """
     text = str(spec)
     path = Path(spec)
@@ -55,25 +61,41 @@ def load_recommender(
     if items is not None:
         if not holds_no_items(text):
             raise ModelError(f"{text} holds its own items; expected no others, nor an item map")
-        hub["items"] = items
+        options["items"] = items
     if path.is_dir():
         return _adapter(_adapter_of_folder(path))(path, device=device)
     name, _, rest = text.partition(":")
     if rest and name in _adapter_targets():
-        return _adapter(name)(rest, device=device, **hub)
+        return _open(name, rest, {"device": device, **options})
     if match := _FUNCTION.fullmatch(text):
-        if device != "cpu" or any(value is not None for value in hub.values()):
+        if device != "cpu" or any(value is not None for value in options.values()):
             raise ModelError(
                 f"{text} is a function: it chooses device and revision by itself; expected neither"
             )
         return _from_function(match["module"], match["function"])
     if _HUB_ID.fullmatch(text) and not path.exists():
-        return _adapter("sasrec")(text, device=device, **hub)
+        return _adapter("sasrec")(text, device=device, **options)
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "
         f"'org/name', pkg.module:function, or {known}"
     )
+
+
+def _open(name: str, text: str, options: dict[str, Any]) -> Recommender:
+    """What an adapter makes of a path with settings behind it."""
+    load = _adapter(name)
+    path, written = split_spec(text)
+    settings = read_settings(name, load, written)
+    if twice := sorted(settings.keys() & options.keys()):
+        raise ModelError(f"{name}:{text} and the call both give {twice[0]}; expected it once")
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        inspect.signature(load).bind(path, **settings, **options)
+    except TypeError as error:
+        there = ", ".join(settings_of(load)) or "none"
+        raise ModelError(f"{name} cannot be opened so ({error}); its settings: {there}") from None
+    return load(path, **settings, **options)
 
 
 def holds_no_items(spec: str | Path) -> bool:

@@ -6,6 +6,7 @@ Not here: how a given library does it (`steerrec.adapters`), nor how to rank (`s
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -157,12 +158,13 @@ def user_vectors(rec: Recommender, histories: Histories, site: Site | None = Non
 
 
 def fingerprint(rec: Recommender, site: Site) -> dict[str, Any]:
-    """What an SAE depends on in a model: its class, shapes and weights at the site and the head.
+    """What an SAE depends on in a model: its class, configuration, shapes and weights.
 
     Two models with equal fingerprints give the same user vectors at `site` up to the layers
     below it and score them alike; an artifact records it and checks it on load.
     """
     head = rec.item_head
+    config = json.dumps(rec.describe().get("config"), sort_keys=True)
     return {
         "class": type(rec.model).__name__,
         "site": site.path,
@@ -172,6 +174,7 @@ def fingerprint(rec: Recommender, site: Site) -> dict[str, Any]:
         "item_matrix_sha256": _digest({"weight": head.weight}),
         "site_sha256": _digest(dict(get_module(rec.model, site.path).state_dict())),
         "model_sha256": _digest(dict(rec.model.state_dict())),
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
     }
 
 

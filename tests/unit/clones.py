@@ -875,7 +875,7 @@ class GSASRecBlock(Parts):
         queries = self.first_norm(seq)
         x, attentions = self.multihead_attention(queries, seq)
         x = self.second_norm(x + queries)
-        x = self.dense2(self.dense1(x)) + x
+        x = self.dense2(F.relu(self.dense1(x))) + x
         x *= mask
         return x, attentions
 

@@ -245,6 +245,17 @@ def test_other_weights_are_refused_by_an_error_that_names_both(saved, rec):
     assert load_artifact(saved, rec=other, strict=False).at().sae.d_sae == D_SAE
 
 
+def test_the_same_weights_in_another_configuration_are_refused(saved, rec):
+    """Heads and norms do not show in the weights, and other user vectors come out."""
+    rec.describe = lambda: {"adapter": "tiny", "source": None, "config": {"heads": 4}}
+    with pytest.raises(ArtifactError, match="config_sha256 differs"):
+        load_artifact(saved, rec=rec)
+    record = json.loads((saved / "steerrec.json").read_text())
+    del record["base_model"]["fingerprint"][rec.site.folder]["config_sha256"]
+    (saved / "steerrec.json").write_text(json.dumps(record))
+    load_artifact(saved, rec=rec)  # one from before configurations were recorded
+
+
 def test_a_model_of_another_width_is_refused_even_so(saved):
     wide = random_recommender(width=D_IN + 1)
     for strict in (True, False):

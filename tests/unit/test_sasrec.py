@@ -18,13 +18,17 @@ from steerrec.adapters.sasrec import (
     load,
     save,
 )
+from steerrec.conformance import check_conformance
 from steerrec.data import Histories
 from steerrec.errors import DataError, ModelError
+from steerrec.recommender import fingerprint
 
 from .toy_models import tiny_catalogue, tiny_config, tiny_sasrec
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0], [8, 0, 0, 0, 0, 0]])
-norms = pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+norms = pytest.mark.parametrize(
+    "norm_first", [True, False, "queries"], ids=["pre-norm", "post-norm", "queries"]
+)
 
 
 def hidden(model, ids):
@@ -40,9 +44,10 @@ def naive_norm(x, weight, bias, eps):
     return weight * centred / (centred.square().mean() + eps).sqrt() + bias
 
 
-def naive_attention(states, weights, heads):
+def naive_attention(asking, states, weights, heads):
     """Causal attention, one position and one head at a time; states [L, H]."""
-    q, k, v = (states @ w.T + b for w, b in weights["qkv"])
+    sources = (asking, states, states)
+    q, k, v = (x @ w.T + b for x, (w, b) in zip(sources, weights["qkv"], strict=True))
     size = states.shape[1] // heads
     mixed = torch.zeros_like(states)
     for position in range(len(states)):
@@ -58,7 +63,10 @@ def naive_attention(states, weights, heads):
 
 
 def naive_sasrec(model, ids):
-    """Hidden states [L, H] of one history, written from the paper's equations."""
+    """Hidden states [L, H] of one history, written from the paper's equations.
+
+    Its ids hold padding, 0, only where the model reads it.
+    """
     config, state = model.config, model.state_dict()
 
     def pair(name):
@@ -67,11 +75,12 @@ def naive_sasrec(model, ids):
     def norm(name, states):
         return torch.stack([naive_norm(x, *pair(name), config.layer_norm_eps) for x in states])
 
-    def attention(layer, states):
+    def attention(layer, states, asking=None):
         weight, bias = pair(f"{layer}.attention.qkv")
         qkv = zip(weight.chunk(3), bias.chunk(3), strict=True)
         parts = {"qkv": list(qkv), "out": pair(f"{layer}.attention.out")}
-        return naive_attention(states, parts, config.num_attention_heads)
+        asking = states if asking is None else asking
+        return naive_attention(asking, states, parts, config.num_attention_heads)
 
     def feed_forward(layer, states):
         (w1, b1), (w2, b2) = pair(f"{layer}.feed_forward.0"), pair(f"{layer}.feed_forward.2")
@@ -79,20 +88,31 @@ def naive_sasrec(model, ids):
         return activation(states @ w1.T + b1) @ w2.T + b2
 
     scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+    real = (ids != 0).unsqueeze(1)
+    first = config.max_position_embeddings - len(ids) if config.positions_from_end else 0
     x = state["item_embedding.weight"][ids] * scale
-    x = x + state["position_embedding.weight"][: len(ids)]
+    x = x + state["position_embedding.weight"][first : first + len(ids)] * real
     if config.embedding_norm:
         x = norm("embedding_norm", x)
+    if config.zero_padding:
+        x = x * real
     for number in range(config.num_hidden_layers):
         layer = f"layers.{number}"
         first, second = f"{layer}.attention_norm", f"{layer}.feed_forward_norm"
-        if config.norm_first:
+        if config.norm_first == "queries":
+            queries = norm(first, x)
+            x = norm(second, queries + attention(layer, x, queries))
+            x = x + feed_forward(layer, x)
+        elif config.norm_first:
             x = x + attention(layer, norm(first, x))
             x = x + feed_forward(layer, norm(second, x))
         else:
             x = norm(first, x + attention(layer, x))
             x = norm(second, x + feed_forward(layer, x))
-    return norm("final_norm", x) if config.norm_first else x
+        if config.zero_padding:
+            x = x * real
+    last = config.norm_first if config.final_norm is None else config.final_norm
+    return norm("final_norm", x) if last else x
 
 
 @norms
@@ -103,6 +123,8 @@ def naive_sasrec(model, ids):
         {"num_attention_heads": 1, "hidden_act": "relu"},
         {"num_attention_heads": 4, "embedding_norm": True},
         {"scale_embeddings": True, "layer_norm_eps": 0.1, "num_hidden_layers": 1},
+        {"final_norm": True, "positions_from_end": True, "max_position_embeddings": 7},
+        {"final_norm": False, "zero_padding": True},
     ],
     ids=lambda settings: ", ".join(settings) or "default",
 )
@@ -112,6 +134,35 @@ def test_the_model_equals_a_naive_one(norm_first, settings):
     for user, row in enumerate(IDS):
         real = row[row != 0]
         torch.testing.assert_close(states[user, : len(real)], naive_sasrec(model, real))
+
+
+def left(rows, window):
+    """The ids of some rows, padding last, with the padding first and as wide as the window."""
+    return torch.stack([F.pad(row[row != 0], (window - int((row != 0).sum()), 0)) for row in rows])
+
+
+@norms
+@pytest.mark.parametrize("zero", [True, False], ids=["zeroed", "kept"])
+def test_padding_on_the_left_is_read_as_an_item_without_a_position(norm_first, zero):
+    rec = tiny_sasrec(
+        norm_first=norm_first,
+        padding_side="left",
+        zero_padding=zero,
+        scale_embeddings=True,
+        max_position_embeddings=8,
+    )
+    model = rec.model.double()
+    torch.nn.init.normal_(model.item_embedding.weight.data[0])  # it has a say, unless it is zeroed
+    rows = torch.cat([IDS, torch.zeros(1, 6, dtype=torch.long)])  # and a history of nothing
+    ids = left(rows, 8)
+    states = hidden(model, ids)
+    for user, row in enumerate(ids):
+        torch.testing.assert_close(states[user], naive_sasrec(model, row))
+    torch.testing.assert_close(model.score(ids), states[:, -1] @ model.item_matrix.T)
+    lists = [[item - 1 for item in row.tolist() if item] for row in rows]
+    batch = rec.make_batch(Histories.from_lists(lists))
+    assert torch.equal(batch["input_ids"], ids)
+    check_conformance(rec)
 
 
 @norms
@@ -179,6 +230,12 @@ def test_a_history_longer_than_the_window_is_refused_by_the_model():
         tiny_sasrec().model(torch.ones(1, 7, dtype=torch.long))
 
 
+def test_left_padding_has_to_fill_the_window():
+    model = tiny_sasrec(padding_side="left").model
+    with pytest.raises(ModelError, match=r"ids 5 wide; .* padded on the left to all of its .* 6"):
+        model(torch.ones(1, 5, dtype=torch.long))
+
+
 # --- the configuration --------------------------------------------------------------------------
 
 
@@ -187,6 +244,21 @@ def test_heads_have_to_divide_the_width():
         ModelError, match="hidden_size 8 is not a multiple of num_attention_heads 3"
     ):
         tiny_config(num_attention_heads=3)
+    with pytest.raises(ModelError, match="is not a multiple of num_attention_heads 0"):
+        tiny_config(num_attention_heads=0)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ModelError, match="hidden_act 'gulu' is no activation that transformers"):
+        tiny_config(hidden_act="gulu")
+
+
+def test_a_configuration_from_before_the_options_is_that_of_their_defaults():
+    old = {"num_items": 12, "hidden_size": 8, "norm_first": False, "model_type": "steerrec_sasrec"}
+    config = SASRecConfig.from_dict(old)
+    found = (config.norm_first, config.final_norm, config.padding_side, config.zero_padding)
+    assert found == (False, None, "right", False)
+    assert not config.positions_from_end
 
 
 # --- the recommender ----------------------------------------------------------------------------
@@ -226,6 +298,25 @@ def test_what_is_recorded_of_it_is_json():
     assert (record["adapter"], record["config"]["num_items"]) == ("sasrec", 12)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_attention_heads": 4},
+        {"hidden_act": "relu"},
+        {"norm_first": "queries"},
+        {"padding_side": "left"},
+        {"positions_from_end": True},
+    ],
+)
+def test_what_weights_do_not_show_is_in_the_record_and_in_the_fingerprint(setting):
+    plain, other = tiny_sasrec(), tiny_sasrec(**setting)
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name])
+    assert other.describe()["config"] == plain.describe()["config"] | setting
+    one, two = (fingerprint(rec, rec.site) for rec in (plain, other))
+    assert {key for key in one if one[key] != two[key]} == {"config_sha256"}
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -239,6 +330,12 @@ SETTINGS = {
     "pre-norm": {},
     "post-norm": {"norm_first": False, "embedding_norm": True, "scale_embeddings": True},
     "untied": {"tie_word_embeddings": False},
+    "of another library": {
+        "norm_first": "queries",
+        "final_norm": False,
+        "zero_padding": True,
+        "positions_from_end": True,
+    },
 }
 
 

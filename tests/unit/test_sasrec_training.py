@@ -382,6 +382,12 @@ def test_an_output_embedding_of_its_own_is_trained(split, tmp_path):
     assert not torch.equal(rec.item_head.weight, untrained.item_head.weight)
 
 
+def test_a_model_that_reads_padding_on_the_left_is_not_trained(split, tmp_path):
+    with pytest.raises(TrainingError, match="padding_side is 'left'"):
+        fit(split, tmp_path, padding_side="left")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_loss_is_refused():
     with pytest.raises(TrainingError, match="one of softmax, bce, gbce; got 'bpr'"):
         SASRecTraining(loss="bpr")
