@@ -84,7 +84,8 @@ class Histories:
                     f"column {name!r} has lists of other lengths than the histories; expected one "
                     "value for each item"
                 )
-            flat[name] = np.array([value for row in values for value in row])
+            numbers = [value for row in values for value in row]
+            flat[name] = np.array(numbers, dtype=None if numbers else np.int64)
         return cls(items, offsets, ids, flat)
 
     @property

@@ -55,7 +55,8 @@ def feature(raw: RawTable, column: str, codes: Mapping[Any, float] | None = None
         If a row has no number, or a value that `codes` does not know.
     """
     values = raw.rows[column]
-    if codes is not None:
+    how = f"keep={{{column!r}: {{'...': 1, ...}}}}"
+    if codes is not None and not values.dtype.is_nested():
         found = _coded(values, codes)
         what = f"a value in column {column!r} that keep has no number for"
         refuse_rows(raw, _unusable(found), what, "give all of them, or drop these rows")
@@ -71,9 +72,9 @@ def feature(raw: RawTable, column: str, codes: Mapping[Any, float] | None = None
     else:
         raise DataError(
             f"{raw.source}: column {column!r} holds {values.dtype}; expected numbers, or text with "
-            f"the model's numbers for it, keep={{{column!r}: {{'...': 1, ...}}}}"
+            f"the model's numbers for it, {how}"
         )
-    do = f"{_MEND}, or give the model's numbers for text, keep={{{column!r}: {{'...': 1, ...}}}}"
+    do = f"{_MEND}, or give the model's numbers for text, {how}"
     refuse_rows(raw, _unusable(found), f"no number in column {column!r}", do)
     return found.to_numpy()
 
