@@ -1,7 +1,8 @@
 """Data: read interactions, build histories, split them, describe the catalogue, simulate."""
 
+from steerrec.data.building import build_histories
 from steerrec.data.catalogue import Catalogue
-from steerrec.data.histories import DataWarning, Histories, build_histories
+from steerrec.data.histories import DataWarning, Histories
 from steerrec.data.interactions import (
     TIME,
     Interactions,

@@ -182,6 +182,8 @@ def test_interactions_without_the_column() -> None:
         build_histories(untimed, catalogue([7, 8, 9]), columns=["time"])
     with pytest.raises(ColumnError, match=r"no column 'dwell'.*keep=\['dwell'\]"):
         build_histories(untimed, catalogue([7, 8, 9]), columns=["dwell"])
+    with pytest.raises(DataError, match=r"columns is 'time'; expected a list of columns"):
+        build_histories(untimed, catalogue([7, 8, 9]), columns="time")
 
 
 @pytest.mark.parametrize(
