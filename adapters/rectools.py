@@ -3,6 +3,9 @@
 Left-padded with 0 to the whole window. The transformer backbone is what a fitted model holds as
 `torch_model`; its items start after the extra tokens: at 1 for SASRec, at 2 for BERT4Rec, whose
 id 1 is the mask. The flat network of `rectools.fast_transformers` has items from 1.
+
+An HSTU with time attention reads the time of each interaction, in seconds, and that of the request,
+which is taken to come at the time of the latest interaction.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerrec.data import Catalogue
-from steerrec.errors import ModelError
+from steerrec.data import TIME, Catalogue
+from steerrec.errors import DataError, ModelError
 from steerrec.handles import FastPathOff
 from steerrec.recommender import ItemHead
 from steerrec.sites import Site, TokenIds
@@ -28,6 +31,7 @@ from steerrec.wrapping import (
 )
 
 PAD, MASK = 0, 1
+_SECONDS = 1e11  # in the year 5138
 
 
 def recognises(model: nn.Module) -> bool:
@@ -78,11 +82,7 @@ def from_model(
         raise unknown_model(model, "RecTools", "a torch_model, or a flat network with encode_last")
     with torch.no_grad():
         rows = len(parts.item_model.get_all_embeddings())
-    if any(getattr(module, "relative_time_attention", False) for module in model.modules()):
-        raise ModelError(
-            f"{type(model).__name__} is an HSTU that reads timestamps, which no history here has; "
-            "expected one with relative_time_attention=False"
-        )
+    timed = any(getattr(module, "relative_time_attention", False) for module in model.modules())
     masked = not getattr(parts, "use_causal_attn", True)
     catalogue = as_catalogue(items, of=model, found=rows - 1 - masked)
     window = max_length or _window(parts)
@@ -96,9 +96,12 @@ def from_model(
         TokenScheme(first, PAD, "left", window - masked, fixed_length=True),
         partial(_backbone_scores, parts),
         partial(_backbone_head, parts, first),
-        lambda ids: {"x": with_mask(ids, MASK, pad_id=PAD) if masked else ids},
+        _timed_batch
+        if timed
+        else lambda ids: {"x": with_mask(ids, MASK, pad_id=PAD) if masked else ids},
         columns=first,
         record=record,
+        reads={TIME: 0} if timed else {},
     )
 
 
@@ -129,6 +132,23 @@ def _window(model: Any) -> int:
 def _is_cosine(model: Any) -> bool:
     distance = getattr(model.similarity_module, "distance", None)
     return str(getattr(distance, "value", distance)) == "cosine"
+
+
+def _timed_batch(ids: Tensor, time: Tensor) -> dict[str, Tensor]:
+    """Ids and times [B, L] as an HSTU takes them: with the time of the request, [B, L + 1].
+
+    As `recommend` pads: with the time of the oldest interaction.
+    """
+    latest = float(time.max()) if time.numel() else 0.0
+    if latest > _SECONDS:
+        raise DataError(
+            f"time goes up to {latest:.3g}; RecTools reads seconds since 1970: dates are read as "
+            "microseconds, so divide the time of the interactions by 1,000,000"
+        )
+    time = time.long()
+    oldest = time.gather(1, (ids != PAD).long().argmax(dim=1, keepdim=True))
+    seen = torch.where(ids != PAD, time, oldest)
+    return {"x": ids, "unix_ts": torch.cat([seen, seen[:, -1:]], dim=1)}
 
 
 def _backbone_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from steerrec.artifacts import Artifact
-    from steerrec.data import Catalogue, Interactions, Split
+    from steerrec.data import Catalogue, Histories, Interactions, Split
     from steerrec.evaluation import Evaluation
     from steerrec.recommender import Recommender
 
@@ -122,6 +122,7 @@ def read_data(
     k_core: int | None = None,
     dedup: bool | None = None,
     format: str | None = None,
+    keep: Sequence[str] = (),
 ) -> Interactions:
     """Read interactions; what is not given is as it was recorded when the model was trained.
 
@@ -141,7 +142,14 @@ def read_data(
 
     def read(columns: dict[str, str | None]) -> Interactions:
         return read_interactions(
-            data, **columns, k_core=core or 0, dedup=bool(first_only), format=format
+            data,
+            user_col=columns["user_col"],
+            item_col=columns["item_col"],
+            time_col=columns["time_col"],
+            k_core=core or 0,
+            dedup=bool(first_only),
+            keep=keep,
+            format=format,
         )
 
     try:
@@ -162,15 +170,23 @@ def read_data(
 
 
 def split_for(rec: Recommender, interactions: Interactions) -> Split:
-    """Histories in the rows of the model's own catalogue, split leave-one-out."""
-    from steerrec.data import build_histories, leave_one_out
+    """Histories as the model reads them, split leave-one-out."""
+    from steerrec.data import leave_one_out
 
-    return leave_one_out(build_histories(interactions, rec.catalogue), len(rec.catalogue))
+    return leave_one_out(histories_for(rec, interactions), len(rec.catalogue))
+
+
+def histories_for(rec: Recommender, interactions: Interactions) -> Histories:
+    """Histories in the rows of the model's own catalogue, with the columns that it reads."""
+    from steerrec.data import build_histories
+    from steerrec.recommender import columns_read
+
+    return build_histories(interactions, rec.catalogue, columns=columns_read(rec))
 
 
 def open_model(
     model: str,
-    read: Callable[[dict[str, Any] | None], Interactions],
+    read: Callable[..., Interactions],
     item_map: Path | None = None,
     device: str = "cpu",
     *,
@@ -181,8 +197,9 @@ def open_model(
 
     A checkpoint that holds no ids gets those of the item map, else `items`, else of the data.
     """
-    from steerrec.data import Catalogue
+    from steerrec.data import TIME, Catalogue
     from steerrec.loading import holds_no_items, load_recommender, model_record
+    from steerrec.recommender import columns_read
 
     if holds_no_items(model):
         interactions = read(recorded)
@@ -194,7 +211,8 @@ def open_model(
     if item_map is not None:
         raise no_item_map(model)
     rec = load_recommender(model, device=device)
-    return rec, read(model_record(model).get("data") if recorded is None else recorded)
+    recorded = model_record(model).get("data") if recorded is None else recorded
+    return rec, read(recorded, keep=[name for name in columns_read(rec) if name != TIME])
 
 
 def no_item_map(model: str) -> Exception:
@@ -207,7 +225,7 @@ def no_item_map(model: str) -> Exception:
 def open_artifact(
     path: Path,
     model: str | None,
-    read: Callable[[dict[str, Any] | None], Interactions],
+    read: Callable[..., Interactions],
     item_map: Path | None,
     device: str = "cpu",
 ) -> tuple[Artifact, Recommender, Interactions]:

@@ -99,7 +99,6 @@ def steer(
 ) -> None:
     """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
     from steerrec.artifacts import save_steering
-    from steerrec.data import build_histories
     from steerrec.evaluation import (
         Which,
         capture_held_out,
@@ -161,7 +160,7 @@ def steer(
         write_sweep(result, output or SWEEP, title="Steering popularity", json=json_output)
         return
     if split is SplitName.none:
-        capture = partial(capture_users, rec, build_histories(interactions, rec.catalogue))
+        capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
     else:
         which: Which = "valid" if split is SplitName.valid else "test"
         capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)

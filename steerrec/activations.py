@@ -39,9 +39,11 @@ def length_batches(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[
 
 
 def digest(histories: Histories) -> str:
-    """A hash of all items and lengths: whether a run goes on with the data it began with."""
+    """A hash of all that histories hold: whether a run goes on with the data it began with."""
     sha = hashlib.sha256(histories.offsets.tobytes())
     sha.update(histories.items.tobytes())
+    for name, values in sorted(histories.columns.items()):
+        sha.update(f"{name}:{values.dtype};".encode() + values.tobytes())
     return sha.hexdigest()
 
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from steerrec.autoencoder import Latents, SparseAutoencoder
-from steerrec.data import Histories
 from steerrec.diagnosis import fires_too_often, refuse_last
 from steerrec.errors import SiteError
 from steerrec.hooks import SiteHook
 from steerrec.nested import describe
 from steerrec.positions import Firing
+from steerrec.probes import probe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
@@ -486,7 +486,7 @@ def count_firings(
         If the site does not fire as its `call` says, or emits values that are not finite or, where
         that is given, not of this width.
     """
-    short = Histories.from_lists([list(range(min(3, len(rec.catalogue))))])
+    short = probe(rec, [list(range(min(3, len(rec.catalogue))))])
 
     def look(firing: Firing) -> None:
         if width is not None:

@@ -16,6 +16,7 @@ from steerrec.data import Histories
 from steerrec.errors import ModelError, SiteError
 from steerrec.hooks import SiteHook
 from steerrec.nested import tensors_in
+from steerrec.probes import probe
 from steerrec.recommender import ItemHead, Recommender
 from steerrec.sites import TokenIds, get_module
 
@@ -68,7 +69,7 @@ def conformance(
         Largest difference allowed, times the largest score where that is above 1.
     """
     if histories is None:
-        histories = _probe(rec)
+        histories = _trial(rec)
     found = _examined(rec, histories, tolerance)
     if found.ok or (mended := _mended(rec, histories, tolerance)) is None:
         return found
@@ -132,7 +133,7 @@ def _conformance(rec: Recommender, histories: Histories, tolerance: float) -> Co
             f"the item head on the vectors at {rec.site.name} gives other scores than the model "
             f"(largest difference {error:.3g}, allowed {allowed:.1g}): {cause}"
         )
-    problems += _about_tokens(rec)
+    problems += _about_tokens(rec, histories)
     if not problems:
         problems += _about_edits(rec, batch, vectors, allowed)
     alone = torch.cat(
@@ -157,14 +158,14 @@ def check_conformance(rec: Recommender, *, tolerance: float = 1e-5) -> None:
         )
 
 
-def _probe(rec: Recommender) -> Histories:
+def _trial(rec: Recommender) -> Histories:
     """Eight histories of different lengths, with the first and the last item among them."""
     rng = np.random.default_rng(0)
     longest, items = min(rec.max_length, 12), len(rec.catalogue)
     lengths = sorted({1, 2, 3, longest // 2 or 1, max(longest - 1, 1), longest})
     lists = [rng.choice(items, n, replace=n > items).tolist() for n in (*lengths, longest, 2)]
     lists[-2][-1], lists[-1][-1] = items - 1, 0
-    return Histories.from_lists(lists)
+    return probe(rec, lists)
 
 
 def _run(rec: Recommender, batch: Any) -> tuple[Tensor, Tensor]:
@@ -215,7 +216,7 @@ def _with_other_norm(head: ItemHead) -> ItemHead:
 # --- the ids that stand for items -----------------------------------------------------------------
 
 
-def _about_tokens(rec: Recommender) -> list[str]:
+def _about_tokens(rec: Recommender, example: Histories) -> list[str]:
     """What is wrong with the ids that the model is given, and with where they are."""
     items = len(rec.catalogue)
     if items < 5 or rec.max_length < 3:
@@ -224,7 +225,8 @@ def _about_tokens(rec: Recommender) -> list[str]:
     # of some items as the newest; a longer one pads the others
     rows = [*dict.fromkeys((0, 1, items // 2, items - 1))]
     lists = [[0, 1, 2], [0, 1, 3], [4, 1, 2], *([1, 2, row] for row in rows)]
-    found = _tokens(rec, Histories.from_lists([*lists, [0, 1, 2, 3, 4][: rec.max_length]]))
+    lists.append([0, 1, 2, 3, 4][: rec.max_length])
+    found = _tokens(rec, probe(rec, lists, example=example, alike=True))
     if found is None:
         return []
     table, tokens = found
@@ -268,9 +270,8 @@ def _tokens(rec: Recommender, histories: Histories) -> tuple[nn.Module | None, T
     batch, source = rec.make_batch(histories), rec.site.positions_from
     if not isinstance(source, TokenIds) or rec.site.layout == "BH":
         found = [tensor for _, tensor in tensors_in(_as_tensors(batch))]
-        ids = (t for t in found if t.ndim == 2 and len(t) == len(histories) and _are_ids(t))
-        tokens = next(ids, None)
-        return None if tokens is None else (None, tokens)
+        ids = [t for t in found if t.ndim == 2 and len(t) == len(histories) and _are_ids(t)]
+        return (None, _other(ids)) if ids else None
     module = get_module(rec.model, source.path)
     seen: list[Tensor] = []
 
@@ -281,7 +282,12 @@ def _tokens(rec: Recommender, histories: Histories) -> tuple[nn.Module | None, T
 
     with module.register_forward_pre_hook(look, with_kwargs=True):
         rec.score(batch)
-    return (module, seen[0]) if seen else None
+    return (module, _other(seen)) if seen else None
+
+
+def _other(tensors: list[Tensor]) -> Tensor:
+    """The first tensor that tells two histories of other items apart, as their times do not."""
+    return next((t for t in tensors if bool((t[0] != t[1]).any())), tensors[0])
 
 
 def _are_ids(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from steerrec.diagnosis import why_silent
 from steerrec.errors import SiteError
 from steerrec.handles import FastPathOff, needs_fast_path_off
 from steerrec.nested import describe, tensors_in
+from steerrec.probes import probe
 from steerrec.recommender import Recommender
 from steerrec.sites import Call, Layout, SelectPath, Site, get_module
 
@@ -304,7 +305,7 @@ def _probe(rec: Recommender) -> Histories:
     rng = np.random.default_rng(0)
     lengths = [min(n, rec.max_length) for n in (7, 5, 4, 3, 2)]
     items = len(rec.catalogue)
-    return Histories.from_lists([rng.integers(items, size=n).tolist() for n in lengths])
+    return probe(rec, [rng.integers(items, size=n).tolist() for n in lengths])
 
 
 def _place(rec: Recommender, layer: LayerReport) -> Site | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,14 @@ def synthetic_users(
     """Users of realistic length whose items all come from one group.
 
     The length of each is that of a training prefix, at most `max_length`; its items are drawn
-    uniformly with replacement from the group (arXiv 2508.17297).
+    uniformly with replacement from the group (arXiv 2508.17297). Where the histories have columns,
+    such as times, a synthetic user keeps those of the prefix, position by position: only the items
+    are exchanged, so that the two groups of a contrast differ in nothing else.
 
     Parameters
     ----------
     train
-        Training histories, for the lengths.
+        Training histories, for the lengths and the columns.
     group
         Catalogue rows to draw from.
     n
@@ -95,11 +97,10 @@ def synthetic_users(
     max_length
         The model's window.
     seed
-        The same seed gives the same lengths for any group.
+        The same seed gives the same lengths and columns for any group.
     """
     lengths_rng, items_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    _, lengths = sample_prefixes(train, n, lengths_rng)
-    lengths = np.minimum(lengths, max_length)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items = items_rng.choice(group, int(offsets[-1]))
-    return Histories(items, offsets, pl.Series("user_id", np.arange(n)))
+    users, lengths = sample_prefixes(train, n, lengths_rng)
+    prefixes = train.prefixes(users, lengths, max_length)
+    items = items_rng.choice(group, len(prefixes.items))
+    return replace(prefixes, items=items, user_ids=pl.Series("user_id", np.arange(n)))

@@ -88,6 +88,10 @@ class Recommender(Protocol):
 
     An adapter implements this protocol for one library's models. Items are catalogue rows
     0..N-1 everywhere; the adapter alone knows the ids that the model uses inside.
+
+    One whose `make_batch` needs more of the histories than their items also has `reads`, the names
+    of those columns, and where they are not only `time`, `example`: a few real histories with
+    them, to try the model on.
     """
 
     @property
@@ -118,6 +122,11 @@ class Recommender(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for an artifact's record: adapter, path or Hub id, configuration."""
+
+
+def columns_read(rec: Recommender) -> tuple[str, ...]:
+    """Names of the columns of histories that a recommender reads beside items."""
+    return tuple(getattr(rec, "reads", ()))
 
 
 @torch.no_grad()

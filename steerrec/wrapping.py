@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 import torch
@@ -17,12 +17,16 @@ from steerrec.conformance import FAILURES, conformance
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError, SiteError
 from steerrec.handles import hook_method
+from steerrec.inputs import Side as Side
+from steerrec.inputs import TokenScheme as TokenScheme
+from steerrec.inputs import as_reads
+from steerrec.inputs import with_mask as with_mask
 from steerrec.layers import LayerReport, layer_report, read_each
 from steerrec.nested import tensors_in
+from steerrec.probes import examples, probe
 from steerrec.recommender import ItemHead
-from steerrec.sites import Layout, PositionsFrom, Site, TokenIds, get_module
+from steerrec.sites import Layout, PositionsFrom, SelectPath, Site, TokenIds, get_module
 
-Side = Literal["left", "right"]
 LIBRARIES = (
     "recbole",
     "rectools",
@@ -33,45 +37,6 @@ LIBRARIES = (
     "gru4rec",
     "huggingface",
 )
-
-
-@dataclass(frozen=True)
-class TokenScheme:
-    """How a model's own ids stand for catalogue rows.
-
-    Attributes
-    ----------
-    first_id
-        The id of catalogue row 0; the others follow.
-    pad_id
-        The id of padding.
-    padding
-        On which side.
-    max_length
-        Window of the model, in items.
-    fixed_length
-        Whether batches are always as wide as the window, and not only as their longest history.
-    """
-
-    first_id: int
-    pad_id: int
-    padding: Side
-    max_length: int
-    fixed_length: bool = False
-
-    def encode(self, histories: Histories) -> Tensor:
-        """Ids [B, L] of the latest items, padded."""
-        longest = min(int(histories.lengths.max(initial=1)), self.max_length)
-        width = self.max_length if self.fixed_length else longest
-        rows = torch.from_numpy(histories.padded(width, -1, side=self.padding))
-        return torch.where(rows < 0, self.pad_id, rows + self.first_id)
-
-
-def with_mask(ids: Tensor, mask_id: int, *, pad_id: int) -> Tensor:
-    """Padded ids [B, L] with a mask token after the last real one of each row: [B, L + 1]."""
-    steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    ends = ((ids != pad_id) * steps).amax(dim=1, keepdim=True)
-    return F.pad(ids, (0, 1), value=pad_id).scatter(1, ends, mask_id)
 
 
 def as_catalogue(
@@ -132,11 +97,16 @@ class WrappedRecommender:
         How items are scored from a user vector: a fixed one, or a function that reads the model's
         weights as they are.
     make_inputs
-        From ids [B, L] to what `scorer` takes; the ids themselves by default.
+        From ids [B, L], and then each column that is read, to what `scorer` takes; the ids
+        themselves by default.
     columns
         Which column of the scores belongs to catalogue row 0; N columns follow.
     record
         What `describe` gives.
+    reads
+        Columns of histories that the model reads beside items, and what pads each.
+    example
+        A few real histories with such columns, to try the model on.
     """
 
     model: nn.Module
@@ -145,9 +115,11 @@ class WrappedRecommender:
     scheme: TokenScheme
     scorer: Callable[[Any], Tensor]
     head: ItemHead | Callable[[], ItemHead]
-    make_inputs: Callable[[Tensor], Any] | None = None
+    make_inputs: Callable[..., Any] | None = None
     columns: int = 0
     record: dict[str, Any] = field(default_factory=dict)
+    reads: Mapping[str, float] = field(default_factory=dict)
+    example: Histories | None = None
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -166,7 +138,10 @@ class WrappedRecommender:
         """The model's own input for these histories, on its device."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         ids = self.scheme.encode(histories).to(device)
-        return ids if self.make_inputs is None else self.make_inputs(ids)
+        if self.make_inputs is None:
+            return ids
+        columns = (self.scheme.column(histories, *column) for column in self.reads.items())
+        return self.make_inputs(ids, *(column.to(device) for column in columns))
 
     def score(self, batch: Any) -> Tensor:
         """The model's own scores, [B, N] in catalogue order."""
@@ -189,7 +164,8 @@ def wrap(
     items: Catalogue | Sequence[int | str],
     *,
     score: Callable[[Any], Tensor] | None = None,
-    make_batch: Callable[[Tensor], Any] | None = None,
+    make_batch: Callable[..., Any] | None = None,
+    reads: Sequence[str] | Mapping[str, float] = (),
     max_length: int | None = None,
     site: Site | str | None = None,
     item_head: ItemHead | Callable[[], ItemHead] | None = None,
@@ -197,6 +173,7 @@ def wrap(
     pad_id: int | None = None,
     padding: Side | None = None,
     fixed_length: bool | None = None,
+    example: Histories | None = None,
     source: str | None = None,
 ) -> WrappedRecommender:
     """Make a `Recommender` of a torch model.
@@ -214,7 +191,11 @@ def wrap(
     score
         The model's own scoring call, on what `make_batch` makes: [B, M]. The model itself if None.
     make_batch
-        Makes the call's argument from padded ids [B, L]; the ids themselves if None.
+        Makes the call's argument from padded ids [B, L]; the ids themselves if None. Where the
+        model `reads` columns, it takes each of them too, [B, L], padded as the ids are.
+    reads
+        Columns of histories that the model reads beside items: ``["time"]``, or with what pads
+        them where that is not 0, ``{"time": -1}``.
     max_length
         How many of a history's latest items the model reads. If None, the model has to be one of a
         library that steerrec knows (`steerrec.adapters`), which says everything else too.
@@ -229,6 +210,9 @@ def wrap(
     fixed_length
         Whether the model wants batches as wide as `max_length`, because its scores depend on the
         padding; if None, that is tried where batches of any width do not conform.
+    example
+        A few real histories with the columns that the model reads, to try it on. Only for `time`
+        can that be left out.
     source
         What an artifact records as the place that the model came from.
 
@@ -255,13 +239,14 @@ def wrap(
     """
     if max_length is None:
         told = (score, make_batch, site, item_head, first_id, pad_id, padding, fixed_length)
-        if any(setting is not None for setting in told):
+        if reads or any(setting is not None for setting in told):
             raise ModelError(
                 "wrap was told how to score, but not how many items the model reads; expected "
                 "max_length (a model of a library takes its settings by from_model of its adapter)"
             )
         return _of_a_library(model, items, source)
     catalogue = as_catalogue(items)
+    columns = as_reads(reads, make_batch)
     if isinstance(site, str):
         get_module(model, site)  # an unknown name is no matter of trying
     model.eval().requires_grad_(False)
@@ -280,6 +265,8 @@ def wrap(
                 item_head or ItemHead(torch.zeros(len(catalogue), 1)),
                 make_batch,
                 record={"source": source},
+                reads=columns,
+                example=None if example is None else examples(example, max_length),
             )
             try:
                 found += _conforming(rec, site, item_head, attempts)
@@ -361,7 +348,8 @@ def _conforming(
 ) -> list[WrappedRecommender]:
     """The recommender with the site and the item head that conform, if there are any."""
     lists = [[row % len(rec.catalogue) for row in range(n)] for n in (5, 3, 4, 2, 1)]
-    batch = rec.make_batch(Histories.from_lists(lists))
+    trial = probe(rec, lists)
+    batch = rec.make_batch(trial)
     scores = rec.scorer(batch)
     if scores.ndim != 2:
         raise ModelError(
@@ -370,7 +358,8 @@ def _conforming(
         )
     columns = rec.scheme.first_id if scores.shape[1] > len(rec.catalogue) else 0
     rec = replace(rec, columns=columns)
-    places = [site] if isinstance(site, Site) else _places(rec, site, batch)
+    ids = rec.scheme.encode(trial)
+    places = [site] if isinstance(site, Site) else _places(rec, site, batch, ids)
     nearest: tuple[float, str] | None = None
     for place, vectors in read_each(rec.model, places, lambda: rec.scorer(batch)):
         given = [item_head] if item_head is not None else _heads(rec, vectors, scores[:, columns:])
@@ -392,18 +381,23 @@ def _conforming(
     return []
 
 
-def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]:
+def _places(rec: WrappedRecommender, path: str | None, batch: Any, ids: Tensor) -> list[Site]:
     """Sites that could hold the scored vector: layers, the last one first, and then methods."""
-    takers: list[str] = []  # modules that are given token ids
+    takers: dict[str, SelectPath] = {}  # modules that are given what could be token ids
+    certain: dict[str, SelectPath] = {}  # that are given these very ids, and where
     root = get_module(rec.model, "")
     made: dict[str, Any] = {}  # what methods return
 
     def watch_input(name: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids = [t for __, t in tensors_in((args, kwargs)) if t.ndim == 2 and len(t) > 1]
+            whole = (found for found in tensors_in((args, kwargs)) if not _is_real(found[1]))
+            given = [(place, t) for place, t in whole if t.ndim == 2]
             # what is the same in every row are positions
-            if any(t.dtype == torch.int64 and bool((t != t[0]).any()) for t in ids):
-                takers.append(name)
+            if any(t.dtype == torch.int64 and bool((t != t[:1]).any()) for _, t in given):
+                takers.setdefault(name, ())
+            for place, tensor in given:
+                if torch.equal(tensor, ids.to(tensor.device)):
+                    certain.setdefault(name, place[1:] if len(given) > 1 else ())
 
         return look
 
@@ -419,28 +413,34 @@ def _places(rec: WrappedRecommender, path: str | None, batch: Any) -> list[Site]
     finally:
         for handle in handles:
             handle.remove()
-    source: PositionsFrom | None = None
+    sources: list[PositionsFrom | None] = ["last" if rec.scheme.padding == "left" else None]
     if takers:
-        inner = next((name for name in takers if name), "")
-        source = TokenIds(inner, pad_id=rec.scheme.pad_id)
-    elif rec.scheme.padding == "left":
-        source = "last"
+        firsts = (next((name for name in names if name), "") for names in (certain, takers))
+        inner = [name for name in dict.fromkeys(firsts) if name] or [""]
+        known = {**takers, **certain}
+        sources = [TokenIds(name, rec.scheme.pad_id, known[name]) for name in inner]
     if path is not None:
         wanted = get_module(root, path)
         layers = [layer for layer in layers if get_module(root, layer.path) is wanted]
         if layers and not layers[0].usable:
             raise SiteError(f"site {path!r}: {layers[0].reason}")
         made = made if wanted is root else {}
-    found = [_place(layer, source) for layer in reversed(layers)]
+    found = [_place(layer, source) for source in sources for layer in reversed(layers)]
     for name, output in made.items():
         vectors = next((t for t in tensors_in(output) if t[1].is_floating_point()), None)
         if vectors is None or vectors[1].ndim not in (2, 3):
             continue
         layout: Layout = "BH" if vectors[1].ndim == 2 else "BLH"
         report = LayerReport("", "", 1, select=vectors[0], layout=layout, usable=True)
-        place = _place(report, source)
-        found.append(None if place is None else replace(place, method=name))
+        for source in sources:
+            place = _place(report, source)
+            found.append(None if place is None else replace(place, method=name))
     return [place for place in found if place is not None]
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers or truth values, and so no ids."""
+    return tensor.is_floating_point() or tensor.dtype == torch.bool
 
 
 def _methods(root: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from steerrec.data.histories import build_histories
+from steerrec.data.building import build_histories
 from steerrec.data.interactions import Interactions
 from steerrec.data.popularity import PopularityGroups, popularity_groups
 from steerrec.data.split import held_back

@@ -1,21 +1,20 @@
-"""Histories: the items of every user, oldest first, as one flat array with offsets."""
+"""Histories: the items of every user, oldest first, as one flat array with offsets.
+
+Beside the items there may be columns, such as the time of each interaction, for models that read
+more than items.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from steerrec.data.interactions import Interactions
-from steerrec.errors import DataError
-
-if TYPE_CHECKING:
-    from steerrec.data.catalogue import Catalogue
+from steerrec.errors import ColumnError, DataError
 
 
 class DataWarning(UserWarning):
@@ -34,24 +33,55 @@ class Histories:
         User u has `items[offsets[u]:offsets[u + 1]]`.
     user_ids : Series [U]
         External ids.
+    columns : dict of int64 or float64 arrays [n]
+        What else is known of each interaction, by name: `time`, and features. All that makes
+        histories of histories (`select`, `truncate`, `cut`, `prefixes`) carries them along.
+
+    Raises
+    ------
+    DataError
+        If a column is of another length than the items, or holds anything but finite numbers.
     """
 
     items: NDArray[np.int64]
     offsets: NDArray[np.int64]
     user_ids: pl.Series
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            size = len(self.items)
+            checked = {name: _numbers(name, found, size) for name, found in self.columns.items()}
+            object.__setattr__(self, "columns", checked)
 
     @classmethod
     def from_lists(
-        cls, lists: Sequence[Sequence[int]], user_ids: pl.Series | Sequence[int | str] | None = None
+        cls,
+        lists: Sequence[Sequence[int]],
+        user_ids: pl.Series | Sequence[int | str] | None = None,
+        *,
+        columns: Mapping[str, Sequence[Sequence[float]]] | None = None,
     ) -> Histories:
-        """Histories from one list of catalogue rows per user; user ids are 0..U-1 if not given."""
+        """Histories from one list of catalogue rows per user; user ids are 0..U-1 if not given.
+
+        Each of the columns has lists of the same lengths.
+        """
         offsets = np.zeros(len(lists) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in lists], out=offsets[1:])
         items = np.array([item for row in lists for item in row], dtype=np.int64)
         ids = pl.Series("user_id", range(len(lists)) if user_ids is None else user_ids)
         if len(ids) != len(lists):
             raise DataError(f"{len(ids)} user ids for {len(lists)} histories; expected one each")
-        return cls(items, offsets, ids)
+        flat = {}
+        for name, values in (columns or {}).items():
+            if [len(row) for row in values] != [len(row) for row in lists]:
+                raise DataError(
+                    f"column {name!r} has lists of other lengths than the histories; expected one "
+                    "value for each item"
+                )
+            numbers = [value for row in values for value in row]
+            flat[name] = np.array(numbers, dtype=None if numbers else np.int64)
+        return cls(items, offsets, ids, flat)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -71,7 +101,25 @@ class Histories:
         return (self[user] for user in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Histories(users={len(self):,}, interactions={len(self.items):,})"
+        columns = f", columns={list(self.columns)}" if self.columns else ""
+        return f"Histories(users={len(self):,}, interactions={len(self.items):,}{columns})"
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One of the columns, int64 or float64 [n].
+
+        Raises
+        ------
+        ColumnError
+            If there is none of that name.
+        """
+        if name not in self.columns:
+            there = f"; there is {', '.join(self.columns)}" if self.columns else ""
+            raise ColumnError(
+                f"the histories have no column {name!r}, which the model reads{there}: "
+                f"build_histories(..., columns=[{name!r}]) takes it from the data, and "
+                f"Histories.from_lists(..., columns={{{name!r}: ...}}) from lists"
+            )
+        return self.columns[name]
 
     def select(self, users: ArrayLike) -> Histories:
         """The histories of these users (indices [P], in this order, repeats allowed)."""
@@ -118,29 +166,41 @@ class Histories:
         kept = np.minimum(ends, max_length)
         return self._slices(chosen, self.offsets[chosen] + ends - kept, kept)
 
-    def padded(self, max_length: int, pad: int, side: str = "right") -> NDArray[np.int64]:
-        """The last `max_length` items of each history as a rectangle.
+    def padded(
+        self, max_length: int, pad: float, side: str = "right", *, column: str | None = None
+    ) -> NDArray[Any]:
+        """The last `max_length` items of each history as a rectangle, or what a column has of them.
 
         Parameters
         ----------
         max_length : int
             Width L.
-        pad : int
+        pad : int or float
             What fills the rest.
         side : {"right", "left"}
             Where the filling goes.
+        column : str, optional
+            Which column; the items if not given.
 
         Returns
         -------
         int64 array [U, L]
+            Or float64, where the column or `pad` is.
+
+        Raises
+        ------
+        ColumnError
+            If the histories have no such column.
         """
         if side not in ("right", "left"):
             raise ValueError(f"side is {side!r}; expected 'right' or 'left'")
-        lengths = np.minimum(self.lengths, max_length)[:, None]  # [U, 1]
-        column = np.arange(max_length)[None, :]  # [1, L]
-        real = column < lengths if side == "right" else column >= max_length - lengths
-        out = np.full((len(self), max_length), pad, dtype=np.int64)
-        out[real] = self.truncate(max_length).items  # row-major, as the items are
+        values = self.items if column is None else self.column(column)
+        lengths = np.minimum(self.lengths, max_length)  # [U]
+        width, steps = lengths[:, None], np.arange(max_length)[None, :]  # [U, 1], [1, L]
+        real = steps < width if side == "right" else steps >= max_length - width
+        out = np.full((len(self), max_length), pad, dtype=np.result_type(values.dtype, pad))
+        index, _ = _slices_at(self.offsets[1:] - lengths, lengths)
+        out[real] = values[index]  # row-major, as the items are
         return out
 
     def _slices(
@@ -150,50 +210,35 @@ class Histories:
         lengths: NDArray[np.int64],
     ) -> Histories:
         """Slices items[start:start + length], one per user of the result."""
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        index, offsets = _slices_at(starts, lengths)
         ids = self.user_ids if users is None else self.user_ids.gather(users)
-        return Histories(self.items[index], offsets, ids)
+        columns = {name: values[index] for name, values in self.columns.items()}
+        return Histories(self.items[index], offsets, ids, columns)
 
 
-def build_histories(interactions: Interactions, catalogue: Catalogue) -> Histories:
-    """Order every user's interactions by time, ties in file order, as rows of a catalogue.
+def _slices_at(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Index [n] of all elements start, …, start + length - 1, and the offsets [P + 1] of slices."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
 
-    Users come in order of first appearance. Interactions with items that the catalogue does not
-    know are dropped, and users who have none left with them.
 
-    Raises
-    ------
-    DataError
-        If more than a fifth of the interactions has an unknown item, or nothing is left.
-
-    Warns
-    -----
-    DataWarning
-        With the number of interactions dropped.
-    """
-    rows = catalogue.rows_of(interactions.item_ids)[interactions.item]  # [n]
-    known = rows >= 0
-    dropped = int(np.count_nonzero(~known))
-    if dropped:
-        items = len(np.unique(interactions.item[~known]))
-        what = (
-            f"{dropped:,} of {len(rows):,} interactions have an item id that the catalogue does "
-            f"not know ({items:,} ids)"
+def _numbers(name: str, found: ArrayLike, size: int) -> NDArray[Any]:
+    """A column as int64 or float64, checked."""
+    values = np.asarray(found)
+    if values.shape != (size,):
+        raise DataError(
+            f"column {name!r} has shape {values.shape} for {size} items; expected one value each"
         )
-        if 5 * dropped > len(rows) or dropped == len(rows):
-            raise DataError(
-                f"{what}; at most a fifth may: is this the data of this model, in the same ids?"
-            )
-        warnings.warn(f"dropped: {what}", DataWarning, stacklevel=2)
-    user = interactions.user[known]
-    if not user.size:
-        raise DataError("no interactions are left to build histories from")
-    time = None if interactions.time is None else interactions.time[known]
-    order = np.argsort(user, kind="stable") if time is None else np.lexsort((time, user))
-    lengths = np.bincount(user, minlength=len(interactions.user_ids))
-    present = np.flatnonzero(lengths)
-    offsets = np.zeros(len(present) + 1, dtype=np.int64)
-    np.cumsum(lengths[present], out=offsets[1:])
-    return Histories(rows[known][order], offsets, interactions.user_ids.gather(present))
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64, copy=False)
+        if not np.isfinite(values).all():
+            raise DataError(f"column {name!r} holds values that are not finite; expected numbers")
+        return values
+    if values.dtype.kind not in "biu" or (values.size and values.max() > np.iinfo(np.int64).max):
+        raise DataError(
+            f"column {name!r} holds {values.dtype}; expected numbers within int64 or float64"
+        )
+    return values.astype(np.int64, copy=False)

@@ -7,7 +7,8 @@ it does not order them by time or split them (`histories.py`, `split.py`).
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,15 @@ from numpy.typing import NDArray
 
 from steerrec.data import columns as names
 from steerrec.data.formats import LINE, RawTable, read_raw, type_attributes
+from steerrec.data.values import feature, refuse_rows, times
 from steerrec.errors import DataError
 from steerrec.files import atomic_file
 
+TIME = "time"
+"""What the time of interactions is called among the columns of histories, whatever its own name."""
+
 RESERVED = ("row", "item_id", "count")
 """Columns of the catalogue; an attribute of such a name gets the prefix `attribute_`."""
-
-_DATE_FORMATS = (
-    "%Y-%m-%dT%H:%M:%S%.f%:z",
-    "%Y-%m-%dT%H:%M:%S%.f",
-    "%Y-%m-%dT%H:%M",
-    "%Y-%m-%d",
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class Interactions:
         One row per item code: `title` (String, null where unknown) and further attributes, of
         type List where an item has several values.
     preparation : Preparation
+    columns : dict of int64 or float64 arrays [n]
+        Further columns of the rows, by name: those that the reader was asked to keep.
     """
 
     user: NDArray[np.int32]
@@ -81,6 +81,7 @@ class Interactions:
     item_ids: pl.Series
     item_attributes: pl.DataFrame
     preparation: Preparation
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -100,6 +101,7 @@ def read_interactions(
     time_col: str | None = None,
     k_core: int = 0,
     dedup: bool = False,
+    keep: Sequence[str] | Mapping[str, Mapping[Any, float] | None] = (),
     format: str | None = None,
 ) -> Interactions:
     """Read interactions from a file or folder.
@@ -117,6 +119,10 @@ def read_interactions(
         Drop users and items with fewer interactions, until none is left. 0 keeps all.
     dedup : bool
         Keep only the first, in time, of repeated (user, item) rows. Done before `k_core`.
+    keep : sequence of str, or mapping
+        Further columns to keep, for models that read more of an interaction than its item and its
+        time. They hold numbers; text becomes the numbers that are given for its values,
+        ``{"rating": None, "event": {"view": 1, "buy": 2}}``.
     format : str, optional
         One of recbole, movielens, csv, parquet, pairs, sequences; recognised if not given. A file
         without a header whose first 1,000 lines have two fields each is taken for pairs.
@@ -124,13 +130,13 @@ def read_interactions(
     Raises
     ------
     DataError
-        If the data is missing, empty or malformed, lacks a column, has unusable times, or if
-        nothing is left of it.
+        If the data is missing, empty or malformed, lacks a column, has unusable times or
+        features, or if nothing is left of it.
     """
     if k_core < 0:
         raise DataError(f"k_core is {k_core}; expected 0 (off) or the least count to keep")
     overrides = [c for c in (user_col, item_col, time_col) if c is not None]
-    raw = read_raw(Path(path), format, overrides)
+    raw = read_raw(Path(path), format, [*overrides, *keep])
     columns = [c for c in raw.rows.columns if c != LINE]
     user = _required(columns, user_col, names.USER_NAMES, "user", raw.source)
     item = _required(columns, item_col, names.ITEM_NAMES, "item", raw.source)
@@ -141,31 +147,33 @@ def read_interactions(
         )
     user_codes, user_ids = _encode(_ids(raw, user))
     item_codes, item_ids = _encode(_ids(raw, item))
-    times = None if time is None else _times(raw, time)
+    when = None if time is None else times(raw, time)
+    features = _features(raw, columns, keep)
     attributes = _attributes(raw, item, item_codes, item_ids, {user, item, time})
 
-    keep = np.arange(len(user_codes))
+    left = np.arange(len(user_codes))
     if dedup:
-        keep = keep[first_of_repeated(user_codes, item_codes, times)]
+        left = left[first_of_repeated(user_codes, item_codes, when)]
     if k_core > 1:
-        keep = keep[in_k_core(user_codes[keep], item_codes[keep], k_core)]
-        if not keep.size:
+        left = left[in_k_core(user_codes[left], item_codes[left], k_core)]
+        if not left.size:
             raise DataError(
                 f"nothing of {raw.source} is left after the {k_core}-core filter; use a smaller "
                 "k_core"
             )
-    if times is not None:
-        times = as_recbole_orders(times[keep]) if time in raw.floats else times[keep]
-    user_codes, kept_users = recode(user_codes[keep])
-    item_codes, kept_items = recode(item_codes[keep])
+    if when is not None:
+        when = as_recbole_orders(when[left]) if time in raw.floats else when[left]
+    user_codes, kept_users = recode(user_codes[left])
+    item_codes, kept_items = recode(item_codes[left])
     return Interactions(
         user=user_codes,
         item=item_codes,
-        time=times,
+        time=when,
         user_ids=user_ids.gather(kept_users),
         item_ids=item_ids.gather(kept_items),
         item_attributes=attributes[kept_items],
         preparation=Preparation(raw.format, user, item, time, k_core, dedup),
+        columns={name: values[left] for name, values in features.items()},
     )
 
 
@@ -233,6 +241,7 @@ def write_csv(interactions: Interactions, folder: str | os.PathLike[str]) -> Non
     }
     if interactions.time is not None:
         rows["timestamp"] = pl.Series(interactions.time)
+    rows |= {name: pl.Series(values) for name, values in interactions.columns.items()}
     items = interactions.item_attributes.with_columns(
         pl.col(pl.List(pl.String)).list.join("|")
     ).insert_column(0, interactions.item_ids.alias("item_id"))
@@ -259,7 +268,7 @@ def _ids(raw: RawTable, column: str) -> pl.Series:
     ids = raw.rows[column]
     if ids.dtype == pl.String:
         ids = ids.replace("", None)
-    _refuse_rows(raw, ids.is_null(), f"no value in the id column {column!r}")
+    refuse_rows(raw, ids.is_null(), f"no value in the id column {column!r}")
     if ids.dtype.is_integer():
         return ids.cast(pl.Int64 if ids.dtype != pl.UInt64 else pl.String)
     if raw.format == "parquet":
@@ -269,54 +278,25 @@ def _ids(raw: RawTable, column: str) -> pl.Series:
     return integers if exact else ids
 
 
-def _times(raw: RawTable, column: str) -> NDArray[Any]:
-    """The time column as int64 or float64; whatever is not a time is refused."""
-    values = raw.rows[column]
-    if values.dtype == pl.String:
-        times = _parse_times(values.str.strip_chars())
-    elif values.dtype.is_temporal():
-        times = values.cast(pl.Datetime("us")).cast(pl.Int64)
-    elif values.dtype.is_integer():
-        times = values.cast(pl.Int64)
-    elif values.dtype.is_numeric():
-        times = values.cast(pl.Float64)
-    else:
-        raise DataError(
-            f"{raw.source}: time column {column!r} holds {values.dtype}; expected numbers or dates"
-        )
-    bad = times.is_null()
-    if times.dtype == pl.Float64:
-        bad |= ~times.is_finite().fill_null(False)
-    _refuse_rows(raw, bad, f"no usable time in column {column!r} (a number or an ISO date)")
-    return times.to_numpy()
-
-
-def _parse_times(text: pl.Series) -> pl.Series:
-    """Int64 if every value is a whole number, else whichever of float or date fits more values."""
-    integers = text.cast(pl.Int64, strict=False)
-    if not integers.has_nulls():
-        return integers
-    numbers = text.cast(pl.Float64, strict=False)
-    if numbers.null_count() * 2 <= len(text):
-        return numbers
-    text = text.str.replace(" ", "T", literal=True).str.replace("Z$", "+00:00")
-    dates = pl.Series(text.name, [None] * len(text), dtype=pl.Int64)
-    for pattern in _DATE_FORMATS:
-        parsed = text.str.to_datetime(pattern, strict=False, time_unit="us")
-        dates = dates.fill_null(parsed.cast(pl.Int64))
-        if not dates.has_nulls():
-            break
-    return dates
-
-
-def _refuse_rows(raw: RawTable, bad: pl.Series, what: str) -> None:
-    if count := int(bad.sum()):
-        line = raw.rows[LINE].filter(bad)[0]
-        where = "row" if raw.format == "parquet" else "line"
-        rows = "row has" if count == 1 else "rows have"
-        raise DataError(
-            f"{raw.source}: {count:,} {rows} {what}, the first in {where} {line}; mend or drop them"
-        )
+def _features(
+    raw: RawTable,
+    columns: list[str],
+    keep: Sequence[str] | Mapping[str, Mapping[Any, float] | None],
+) -> dict[str, NDArray[Any]]:
+    """The columns to keep, by name."""
+    if isinstance(keep, str):
+        raise DataError(f"keep is {keep!r}; expected a list of columns, [{keep!r}]")
+    found = {}
+    for name in keep:
+        if name == TIME:
+            raise DataError(
+                "keep names 'time', which is the time of an interaction and is kept anyway; "
+                "expected further columns, and the time's own as time_col"
+            )
+        column = names.choose_column(columns, name, (), "feature", raw.source)
+        assert column is not None  # a name that is given is found or refused
+        found[column] = feature(raw, column, keep[name] if isinstance(keep, Mapping) else None)
+    return found
 
 
 def _encode(ids: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:

@@ -5,10 +5,12 @@ As `test_real_libraries`, which has the models and how their libraries score wit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from steerrec import Steering, SteerTransform, attach, user_vectors
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.conformance import check_conformance
 from steerrec.data import Histories
-from steerrec.errors import ModelError
+from steerrec.errors import ColumnError, ModelError
 from steerrec.wrapping import LIBRARIES, WrappedRecommender
 
 from ..unit import test_conformance as conformance
@@ -32,6 +34,7 @@ from .test_real_libraries import (
     library,
     rectools_model,
     score_cornac,
+    score_rectools,
 )
 
 USERS = ("Caser", "HGN", "NPE", "SHAN", "HRM", "FOSSIL", "TransRec")  # they read who it is
@@ -113,10 +116,29 @@ def test_what_reads_users_is_refused(clone: Clone) -> None:
 hstu = partial(rectools_model, "hstu", "HSTUModel")
 
 
-def test_an_hstu_that_reads_timestamps_is_refused_and_one_that_does_not_is_wrapped() -> None:
+def timed(histories: list[list[int]]) -> Histories:
+    """With the times that `rectools_dataset` gives them: an hour apart."""
+    start = 1_704_067_200  # 2024-01-01
+    times = [[start + 3600 * step for step in range(len(row))] for row in histories]
+    return Histories.from_lists(histories, columns={"time": times})
+
+
+def test_an_hstu_that_reads_timestamps_scores_as_its_library() -> None:
     model = hstu()
-    with pytest.raises(ModelError, match="HSTU that reads timestamps"):
-        adapter_of(model).from_model(model, item_ids(model))
+    rec = adapter_of(model).from_model(model, item_ids(model))
+    check_conformance(rec)
+    lists = [[0, 3, 1], [2], [4, 1, 0, 3, 2, 5, 4]]
+    rows = rec.catalogue.rows_of(pl.Series([*range(N)]))
+    histories = timed([[int(rows[item]) for item in row] for row in lists])
+    conformance.close(rec.score(rec.make_batch(histories))[:, rows], score_rectools(model, lists))
+    slower = replace(histories, columns={"time": histories.column("time") * 50})
+    moved = rec.score(rec.make_batch(slower)) - rec.score(rec.make_batch(histories))
+    assert (moved.abs().amax(dim=1) > 1e-7).tolist() == [True, False, True]
+    with pytest.raises(ColumnError, match="no column 'time'"):
+        rec.make_batch(Histories.from_lists(lists))
+
+
+def test_an_hstu_that_reads_no_timestamps() -> None:
     model = hstu(relative_time_attention=False)
     rec = adapter_of(model).from_model(model, item_ids(model))
     check_conformance(rec)

@@ -1,6 +1,7 @@
 """User vectors in memory and in shards: which prefixes, which rows, and what survives a failure."""
 
 import errno
+import hashlib
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from steerrec.activations import (
     ActivationShards,
     capture_activations,
     collect_user_vectors,
+    digest,
     sample_prefixes,
 )
 from steerrec.data import Histories
@@ -213,7 +215,7 @@ def test_a_whole_folder_is_not_captured_again(rec, train, tmp_path):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("change", ["sampling", "data", "window", "weights"])
+@pytest.mark.parametrize("change", ["sampling", "data", "times", "window", "weights"])
 def test_a_folder_of_other_settings_is_refused(rec, train, tmp_path, change, whole):
     capture_activations(rec, train, tmp_path, sampling=SAMPLING)
     if not whole:
@@ -223,6 +225,8 @@ def test_a_folder_of_other_settings_is_refused(rec, train, tmp_path, change, who
         sampling = replace(SAMPLING, seed=1)
     elif change == "data":
         train = Histories(train.items[::-1].copy(), train.offsets, train.user_ids)
+    elif change == "times":
+        train = replace(train, columns={"time": np.arange(len(train.items))})
     elif change == "window":
         rec.max_length = 5
     else:
@@ -230,6 +234,20 @@ def test_a_folder_of_other_settings_is_refused(rec, train, tmp_path, change, who
     with pytest.raises(TrainingError, match="of other settings, data or another model"):
         capture_activations(rec, train, tmp_path, sampling=sampling)
     assert files(tmp_path) == before
+
+
+def test_the_digest_of_histories_without_columns_is_that_of_items_and_lengths(train):
+    expected = hashlib.sha256(train.offsets.tobytes() + train.items.tobytes()).hexdigest()
+    assert digest(train) == expected  # folders that were begun before there were columns go on
+
+
+def test_the_digest_tells_columns_apart(train):
+    steps = np.arange(len(train.items))
+    columns = [{"a": steps}, {"b": steps}, {"a": steps * 1.0}, {"a": steps, "b": steps}]
+    swapped = {"b": steps, "a": steps}
+    found = [digest(replace(train, columns=each)) for each in columns]
+    assert len({digest(train), *found}) == 5
+    assert digest(replace(train, columns=swapped)) == found[-1]
 
 
 def test_a_full_disk_leaves_no_half_shard_and_can_be_resumed(rec, train, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Contrasts, and synthetic users: whose items, how many of them, drawn how."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -95,6 +96,31 @@ def test_the_seed_decides_the_items_too():
     train = Histories.from_lists([[0] * 2])  # a single prefix, so that all lengths are equal
     one, other = (synthetic_users(train, GROUP, n=50, max_length=6, seed=seed) for seed in (0, 1))
     assert np.array_equal(one.offsets, other.offsets)
+    assert not np.array_equal(one.items, other.items)
+
+
+def test_columns_are_those_of_the_prefixes_position_by_position():
+    # the prefixes of 1, 2 and 3 items, each drawn once; the window leaves the last two items
+    columns = {"time": [[10, 20, 30, 40]], "rating": [[0.5, 1.5, 2.5, 3.5]]}
+    train = Histories.from_lists([[0] * 4], columns=columns)
+    people = synthetic_users(train, GROUP, n=3, max_length=2)
+    bounds = pairwise(people.offsets.tolist())
+    times = [people.column("time")[start:stop].tolist() for start, stop in bounds]
+    assert sorted(times) == [[10], [10, 20], [20, 30]]
+    assert np.array_equal(people.column("rating") * 10 + 5, people.column("time"))
+    assert set(people.items.tolist()) <= set(GROUP.tolist())
+
+
+def test_columns_change_nothing_about_the_items_and_are_the_same_for_both_groups():
+    train = random_histories()
+    timed = replace(train, columns={"time": np.arange(len(train.items))})
+    plain, one, other = (
+        synthetic_users(histories, np.array(group), n=60, max_length=6, seed=3)
+        for histories, group in ((train, [1, 2]), (timed, [1, 2]), (timed, [7, 8, 9]))
+    )
+    assert dict(plain.columns) == {}
+    assert np.array_equal(one.items, plain.items)
+    assert np.array_equal(one.column("time"), other.column("time"))
     assert not np.array_equal(one.items, other.items)
 
 
