@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import steerrec
 from steerrec.conformance import check_conformance, conformance
@@ -178,6 +179,35 @@ def test_only_a_few_examples_are_held():
 
     assert len(held) == 16
     assert (held.lengths == L).all()
+
+
+class WithCategories(nn.Module):
+    """Categories of items, 0 among them, enter before the items do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.categories, self.items = nn.Embedding(3, 8), nn.Embedding(N + 1, 8, padding_idx=0)
+        self.gru = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, batch):
+        states, _ = self.gru(self.categories(batch["category"]) + self.items(batch["ids"]))
+        last = (batch["ids"] != 0).sum(dim=1) - 1
+        return states[torch.arange(len(states)), last] @ self.items.weight[1:].T
+
+
+def test_features_of_items_are_looked_up_by_id_and_not_taken_for_ids():
+    codes = torch.tensor([0, *[row % 3 for row in range(N)]])  # by id; 0 is the padding
+
+    rec = steerrec.wrap(
+        WithCategories(),
+        tiny_catalogue(N),
+        make_batch=lambda ids: {"category": codes[ids], "ids": ids},
+        max_length=L,
+    )
+
+    assert rec.site.positions_from == TokenIds("items", pad_id=0)
+    assert rec.make_batch(TIMED)["category"].tolist()[0] == [0, 2, 0, 0, 0, 0]
 
 
 # --- what is refused ------------------------------------------------------------------------------
