@@ -29,6 +29,10 @@ class TrainingError(SteerrecError):
     """A training run cannot start, go on or be resumed."""
 
 
+class MethodError(SteerrecError):
+    """A re-ranking method does not exist, or cannot be used with these parameters."""
+
+
 class ArtifactError(SteerrecError):
     """An artifact on disk is missing, damaged, or belongs to another model."""
 

@@ -5,6 +5,7 @@ Not here: what the lists are worth (`steerrec.metrics`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from torch import Tensor
 from steerrec.data import Histories
 from steerrec.errors import DataError, ModelError
 from steerrec.recommender import ItemHead
+
+Rescore = Callable[[Tensor, slice, slice], Tensor]
+"""Scores [B, C] of a chunk of users and a chunk of catalogue rows to other scores [B, C]."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def top_k(
     seen: Histories | None = None,
     user_chunk: int = 1024,
     item_chunk: int = 16_384,
+    rescore: Rescore | None = None,
 ) -> TopK:
     """Rank the full catalogue for every user and keep the k best items.
 
@@ -62,6 +67,8 @@ def top_k(
         Histories of the same U users; their items are left out of the lists. None masks nothing.
     user_chunk, item_chunk
         Users and items scored at a time: memory is bounded by their product.
+    rescore
+        Makes other scores of a chunk's, seen items not yet left out; it may write to what it gets.
 
     Returns
     -------
@@ -75,43 +82,106 @@ def top_k(
     ModelError
         If the vectors do not fit the head, or a score is NaN.
     """
-    num_users, num_items = len(user_vectors), len(head)
     _check(user_vectors, head, k, seen)
-    if user_chunk < 1 or item_chunk < 1:
-        raise ValueError(f"chunks must hold a row at least, got {user_chunk=} and {item_chunk=}")
-
-    ids = torch.empty(num_users, k, dtype=torch.int64, device=head.weight.device)
-    scores = torch.empty(num_users, k, dtype=torch.float32, device=head.weight.device)
-    for first in range(0, num_users, user_chunk):
-        users = slice(first, min(first + user_chunk, num_users))
-        vectors = user_vectors[users].to(head.weight)  # [B, H]
-        mask = None if seen is None else _seen_cells(seen, users)
-        best: tuple[Tensor, Tensor] | None = None
-        for start in range(0, num_items, item_chunk):
-            stop = min(start + item_chunk, num_items)
-            chunk = _chunk_scores(vectors, head.chunk(start, stop), mask, start)  # [B, stop-start]
-            values, columns = _best_columns(chunk, min(k, stop - start))
-            found = values, columns + start
-            best = found if best is None else _merge(best, found, k)
-        assert best is not None  # N >= k >= 1
-        scores[users] = best[0]
-        ids[users] = best[1].masked_fill(best[0] == -torch.inf, -1)
+    device = head.weight.device
+    ids = torch.empty(len(user_vectors), k, dtype=torch.int64, device=device)
+    scores = torch.empty(len(user_vectors), k, dtype=torch.float32, device=device)
+    chunks = score_chunks(
+        user_vectors,
+        head,
+        seen=seen,
+        user_chunk=user_chunk,
+        item_chunk=item_chunk,
+        rescore=rescore,
+    )
+    for users, parts in chunks:
+        best = Best(k)
+        for items, chunk in parts:
+            best.add(chunk, items)
+        ids[users], scores[users] = best.ids, best.values
     return TopK(ids=ids, scores=scores)
 
 
-def _chunk_scores(
-    vectors: Tensor, head: ItemHead, mask: tuple[np.ndarray, np.ndarray] | None, start: int
-) -> Tensor:
-    scores = head.scores(vectors)
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()  # exact, and selection in half precision is slow on a CPU
-    if mask is not None:
-        users, items = mask
-        inside = (items >= start) & (items < start + len(head))
-        rows = torch.from_numpy(users[inside]).to(scores.device)
-        columns = torch.from_numpy(items[inside] - start).to(scores.device)
-        scores[rows, columns] = -torch.inf
-    return scores
+@torch.no_grad()
+def score_chunks(
+    user_vectors: Tensor,
+    head: ItemHead,
+    *,
+    seen: Histories | None = None,
+    user_chunk: int = 1024,
+    item_chunk: int = 16_384,
+    rescore: Rescore | None = None,
+) -> Iterator[tuple[slice, Iterator[tuple[Tensor, Tensor]]]]:
+    """The scores of all users and items, a chunk at a time; see `top_k` for the options.
+
+    Yields
+    ------
+    users : slice
+        A chunk of users.
+    parts : iterator
+        Catalogue rows, ascending, [C], and the users' scores of them, [B, C], minus infinity for
+        what is left out. The scores are of this chunk alone and may be written to.
+    """
+    if user_chunk < 1 or item_chunk < 1:
+        raise ValueError(f"chunks must hold a row at least, got {user_chunk=} and {item_chunk=}")
+
+    def parts(users: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        vectors = user_vectors[users].to(head.weight)  # [B, H]
+        mask = None if seen is None else _seen_cells(seen, users)
+        for start in range(0, len(head), item_chunk):
+            items = slice(start, min(start + item_chunk, len(head)))
+            scores = head.chunk(items.start, items.stop).scores(vectors)  # [B, C]
+            if scores.dtype in (torch.float16, torch.bfloat16):
+                scores = scores.float()  # exact, and selection in half precision is slow on a CPU
+            if rescore is not None:
+                scores = rescore(scores, users, items)
+            if mask is not None:
+                _leave_out(scores, mask, items)
+            yield torch.arange(items.start, items.stop, device=scores.device), scores
+
+    for first in range(0, len(user_vectors), user_chunk):
+        users = slice(first, min(first + user_chunk, len(user_vectors)))
+        yield users, parts(users)
+
+
+class Best:
+    """The k best items of a chunk of users so far, fed a chunk of items at a time."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._best: tuple[Tensor, Tensor] | None = None
+
+    def add(self, scores: Tensor, items: Tensor) -> None:
+        """Add the scores [B, C] of catalogue rows [C], ascending and above all added before."""
+        values, columns = _best_columns(scores, min(self.k, len(items)))
+        found = values, items[columns]
+        self._best = found if self._best is None else _merge(self._best, found, self.k)
+
+    @property
+    def values(self) -> Tensor:
+        """Scores of the k best, [B, k]; minus infinity in slots for which no item was left."""
+        return self._padded(self._found[0], -torch.inf)
+
+    @property
+    def ids(self) -> Tensor:
+        """Their catalogue rows, best first, int64 [B, k]; -1 in the empty slots."""
+        values, ids = self._found
+        return self._padded(ids.masked_fill(values == -torch.inf, -1), -1)
+
+    @property
+    def _found(self) -> tuple[Tensor, Tensor]:
+        assert self._best is not None
+        return self._best
+
+    def _padded(self, found: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(found, (0, self.k - found.shape[1]), value=value)
+
+
+def _leave_out(scores: Tensor, mask: tuple[np.ndarray, np.ndarray], items: slice) -> None:
+    users, rows = mask
+    inside = (rows >= items.start) & (rows < items.stop)
+    cells = torch.from_numpy(users[inside]), torch.from_numpy(rows[inside] - items.start)
+    scores[cells[0].to(scores.device), cells[1].to(scores.device)] = -torch.inf
 
 
 def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
