@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from steerrec.cli.attach import attach
+from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
@@ -22,7 +23,7 @@ from steerrec.cli.steer import steer
 from steerrec.cli.train import train
 from steerrec.errors import SteerrecError
 
-_RESUMED = ("train", "attach")
+_RESUMED = ("train", "attach", "compare")
 
 
 class _Commands(TyperGroup):
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, convert, evaluate, layers, attach, score, steer):
+for command in (demo, train, convert, evaluate, layers, attach, score, steer, compare):
     app.command()(command)
 
 

@@ -246,9 +246,9 @@ def write_recommendations(path: Path, rec: Recommender, histories: Histories, li
 
 def write_sweep(result: Sweep, folder: Path, *, title: str, json: bool) -> None:
     """Write sweep.json and sweep.png into a folder, and print the trade-off."""
+    from steerrec.choosing import BUDGETS
     from steerrec.files import write_json
     from steerrec.report import plot_tradeoff
-    from steerrec.tradeoff import BUDGETS
 
     plot_tradeoff(result, folder / "sweep.png", title=title)
     write_json(folder / "sweep.json", result.to_dict())

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from steerrec.attribution import score_neurons as score_neurons
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
     from steerrec.capturing import capture as capture
+    from steerrec.comparison import compare as compare
+    from steerrec.comparison_results import Comparison as Comparison
     from steerrec.conformance import check_conformance as check_conformance
     from steerrec.data import Catalogue as Catalogue
     from steerrec.data import Histories as Histories
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
+    from steerrec.report import plot_frontiers as plot_frontiers
     from steerrec.report import plot_tradeoff as plot_tradeoff
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
@@ -57,6 +60,7 @@ _HOME = {
     "Attachment": "attachment",
     "AttributionTable": "attribution",
     "Catalogue": "data",
+    "Comparison": "comparison_results",
     "Contrast": "profiles",
     "Histories": "data",
     "ItemHead": "recommender",
@@ -75,6 +79,7 @@ _HOME = {
     "build_histories": "data",
     "capture": "capturing",
     "check_conformance": "conformance",
+    "compare": "comparison",
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
@@ -82,6 +87,7 @@ _HOME = {
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
+    "plot_frontiers": "report",
     "plot_tradeoff": "report",
     "popularity_contrast": "profiles",
     "read_interactions": "data",

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.choosing import BUDGETS, choose
 from steerrec.data import Split
 from steerrec.evaluation import (
     Evaluation,
@@ -53,15 +54,7 @@ class Sweep:
         Admissible is what keeps nDCG at or above ``(1 - budget) * base`` and nDCG on tail targets
         at or above its base; among those the lowest Gini is taken.
         """
-        base = self.points[0].valid.metrics
-        ndcg, tail, gini = (_key(base, name) for name in ("ndcg", "ndcg_tail", "gini"))
-        admissible = [
-            point
-            for point in self.points
-            if point.valid.metrics[ndcg] >= (1 - budget) * base[ndcg]
-            and not point.valid.metrics[tail] < base[tail]
-        ]
-        return min(admissible, key=lambda point: point.valid.metrics[gini])
+        return self.points[choose([point.valid.metrics for point in self.points], budget)]
 
     def to_dict(self) -> dict[str, Any]:
         """All points, and the choice at budgets of 1, 5 and 10 %, as JSON-able values."""
@@ -76,9 +69,6 @@ class Sweep:
             },
         }
 
-
-BUDGETS = (0.01, 0.05, 0.10)
-"""Shares of nDCG that a user may be ready to give."""
 
 DEFAULT_ALPHAS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 """Ten strengths that cover the useful range of the PopSteer rule."""
@@ -130,8 +120,3 @@ def sweep(
         tuple(SweepPoint(*point) for point in points),
         {"name": steering.name, "splice": steering.splice, **steering.provenance},
     )
-
-
-def _key(metrics: dict[str, float], name: str) -> str:
-    """The full name of a metric, `gini@10` for `gini`, whatever k is."""
-    return next(key for key in metrics if key.partition("@")[0] == name)

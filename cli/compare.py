@@ -1,0 +1,220 @@
+"""`steerrec compare`: steering and every baseline at equal budgets of accuracy."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerrec.cli import options as opt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from steerrec.artifacts import SiteArtifact
+    from steerrec.comparison_results import Comparison, Row
+    from steerrec.data import Histories
+    from steerrec.recommender import Recommender
+    from steerrec.rerank import Reranker
+    from steerrec.steering import Steering
+
+_FILES = ("compare.json", "compare.csv", "compare.png")
+
+
+def compare(
+    artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
+    data: opt.DataOption,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the results.", show_default=False)
+    ],
+    model: opt.ModelOption = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Only these, such as popsteer,ipr; all by default."),
+    ] = None,
+    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    k: opt.K = 10,
+    mask_seen: opt.MaskSeen = False,
+    pool: Annotated[
+        int, typer.Option("--pool", min=1, help="A user's best items that re-rankers choose from.")
+    ] = 200,
+    bootstrap: Annotated[
+        int, typer.Option("--bootstrap", min=1, help="Replicates for intervals and p-values.")
+    ] = 500,
+    seed: opt.Seed = 0,
+    layer: opt.Layer = None,
+    device: opt.Device = "cpu",
+    item_map: opt.ItemMap = None,
+    user_col: opt.UserCol = None,
+    item_col: opt.ItemCol = None,
+    time_col: opt.TimeCol = None,
+    k_core: opt.KCore = None,
+    dedup: opt.Dedup = None,
+    format: opt.Format = None,
+    force: opt.Force = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Compare steering with re-ranking: each swept, chosen on validation, measured on test.
+
+    An interrupted run goes on where it stopped: methods that are done are kept in DIR/methods.
+    """
+    from steerrec.comparison import compare as run
+    from steerrec.errors import SiteError, StorageError
+
+    if output.exists() and not output.is_dir():
+        raise StorageError(f"{output} is no folder; compare writes {', '.join(_FILES)} into one")
+    for name in _FILES:
+        opt.refuse_existing(output / name, force)
+    names = None if methods is None else [name.strip() for name in methods.split(",")]
+    read = partial(
+        opt.read_data,
+        data,
+        user_col=user_col,
+        item_col=item_col,
+        time_col=time_col,
+        k_core=k_core,
+        dedup=dedup,
+        format=format,
+    )
+    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
+    opt.check_k(k, rec)
+    here = opened.at(layer)
+    if here.site != rec.site:
+        raise SiteError(
+            f"the SAE is at {here.site.name}, not at the scored vector ({rec.site.name}): there "
+            "the model would have to run for each setting; compare an SAE of the scored vector"
+        )
+    split = opt.split_for(rec, interactions)
+    chosen, seconds = _methods(here, rec, split.train, contrast, names, seed, device)
+    result = run(
+        rec,
+        split,
+        chosen,
+        reference="popsteer" if "popsteer" in chosen else next(iter(chosen)),
+        k=k,
+        mask_seen=mask_seen,
+        pool=pool,
+        replicates=bootstrap,
+        seed=seed,
+        fit_seconds=seconds,
+        folder=output,
+    )
+    _write(result, output)
+    if json_output:
+        opt.print_json(result.to_dict())
+    else:
+        _print(result)
+        opt.note(f"{', '.join(str(output / name) for name in _FILES)} written")
+
+
+def _methods(
+    here: SiteArtifact,
+    rec: Recommender,
+    train: Histories,
+    contrast: str,
+    names: list[str] | None,
+    seed: int,
+    device: str,
+) -> tuple[dict[str, Reranker], dict[str, float]]:
+    """The methods that were asked for, and how long each took to make."""
+    from steerrec.errors import MethodError
+    from steerrec.profiles import popularity_contrast
+    from steerrec.rerank import METHODS, reranker, score_dimensions
+    from steerrec.steering import Steering, SteerTransform
+
+    sae = here.sae.to(device)
+    steerings: dict[str, Callable[[], Steering]] = {
+        "popsteer": lambda: Steering.popsteer(here.table(contrast)),
+        "popsteer-compat": lambda: Steering.popsteer(here.table(contrast), popsteer_compat=True),
+        **{name: partial(here.recipe, name) for name in here.steerings},
+    }
+    known = [*steerings, *(name for name in METHODS if name not in steerings)]
+    made: dict[str, Reranker] = {}
+    seconds: dict[str, float] = {}
+    dimensions: Any = None
+    for name in known if names is None else names:
+        started = time.perf_counter()
+        if name in steerings:
+            transform = SteerTransform(sae, steerings[name]())
+            made[name] = reranker("popsteer", transform=transform)
+        elif name in METHODS:
+            if "dimensions" in METHODS[name].needs:
+                if dimensions is None:
+                    popularity = popularity_contrast(rec.catalogue)
+                    dimensions = score_dimensions(rec, popularity, train, seed=seed)
+                made[name] = reranker(name, dimensions=dimensions)
+            else:
+                made[name] = reranker(name)
+        else:
+            raise MethodError(f"no method {name!r}; there are {', '.join(known)}")
+        seconds[name] = time.perf_counter() - started
+    return made, seconds
+
+
+def _write(result: Comparison, folder: Path) -> None:
+    import polars as pl
+
+    from steerrec.files import atomic_file, write_json
+    from steerrec.report import plot_frontiers
+
+    write_json(folder / "compare.json", result.to_dict())
+    rows = [_record(method.name, row) for method in result.methods for row in method.rows]
+    with atomic_file(folder / "compare.csv") as temporary:
+        pl.DataFrame(rows, infer_schema_length=None).write_csv(temporary)
+    plot_frontiers(result, folder / "compare.png", title="Accuracy against exposure")
+
+
+def _record(method: str, row: Row) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "method": method,
+        "budget": row.budget,
+        "chosen_by": row.by,
+        "strength": row.value,
+        **row.metrics,
+        "outside": row.outside,
+    }
+    for name, (low, high) in row.interval.items():
+        record |= {f"{name}_low": low, f"{name}_high": high}
+    for name in ("ndcg", "ltc", "gini"):
+        record[f"{name}_p"] = row.against.get(name, {}).get("p")
+    return record
+
+
+def _print(result: Comparison) -> None:
+    k, protocol = result.protocol["k"], result.protocol
+    seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
+    title = (
+        f"test split, {seen}, k = {k}, {protocol['users']['test']:,} users, "
+        f"{protocol['items']:,} items; "
+    )
+    base = result.base["test"]
+    columns = ["method", "strength", "nDCG", "change", "p", "tail nDCG", "LTC", "Gini", "outside"]
+    columns += ["HV Gini", "HV LTC", "ms/user"]
+    unsteered = [base[f"{name}@{k}"] for name in ("ndcg", "ndcg_tail", "ltc", "gini")]
+    first, tail, ltc, gini = map(opt.number, unsteered)
+    for budget in protocol["budgets"]:
+        rows = [["unsteered", "", first, "", "", tail, ltc, gini, "", "", "", ""]]
+        for method in result.methods:
+            row = method.row(budget)
+            metrics = row.metrics
+            own = base[f"ndcg@{k}"]
+            rows.append(
+                [
+                    method.name + (" (control)" if method.control else ""),
+                    f"{row.value:g}",
+                    opt.number(metrics[f"ndcg@{k}"]),
+                    opt.number(metrics[f"ndcg@{k}"] / own - 1 if own else None, "+.1%"),
+                    opt.number(row.against.get("ndcg", {}).get("p"), ".3f"),
+                    opt.number(metrics[f"ndcg_tail@{k}"]),
+                    opt.number(metrics[f"ltc@{k}"]),
+                    opt.number(metrics[f"gini@{k}"]),
+                    opt.number(row.outside, ".1%"),
+                    opt.number(method.hypervolume["gini"], ".3f"),
+                    opt.number(method.hypervolume["ltc"], ".3f"),
+                    opt.number(method.milliseconds, ".3f"),
+                ]
+            )
+        opt.print_table(f"{title}lowest Gini within {budget:.0%} of nDCG", columns, rows)
