@@ -431,3 +431,37 @@ def test_no_progress_bar_where_stderr_is_no_terminal(world):
     assert world.trained.err.endswith(" interactions\n")
     assert world.trained.err.count("\n") == 1
     assert world.attached.err == world.scored.err == ""
+
+
+def test_compare_writes_table_json_and_plot(cli, world, tmp_path):
+    folder = tmp_path / "comparison"
+    command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
+    options = ("-o", folder, "--bootstrap", 20, "--pool", 40)
+    methods = ("--methods", "popsteer,popsteer-compat,logit-adjustment,raw-popsteer,random")
+    found = cli(*command, *options, *methods, "--json").json
+    names = [method["name"] for method in found["methods"]]
+    assert names == ["popsteer", "popsteer-compat", "logit-adjustment", "raw-popsteer", "random"]
+    assert json.loads((folder / "compare.json").read_text()) == found
+    table = pl.read_csv(folder / "compare.csv")
+    assert len(table) == 5 * 3 * 2
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+    swept = cli("evaluate", world.model, "--data", world.data, "--json").json
+    assert found["base"]["test"] == pytest.approx(swept["metrics"], nan_ok=True)
+
+    refused = cli(*command, *options, *methods)
+    assert refused.code == 1
+    assert "--force" in refused.err
+    printed = cli(*command, *options, *methods, "--force")
+    assert printed.code == 0
+    assert "logit-adjustment" in printed.out
+    assert "within 10% of nDCG" in printed.out
+
+
+def test_compare_refuses_what_it_does_not_know(cli, world, tmp_path):
+    command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
+    unknown = cli(*command, "-o", tmp_path / "c", "--methods", "popster")
+    assert unknown.code == 1
+    assert "no method 'popster'" in unknown.err
+    assert "popsteer" in unknown.err
+    assert not (tmp_path / "c").exists()
