@@ -58,7 +58,7 @@ def load(
     heads
         Number of attention heads, `num_heads` of its training configuration; nothing else tells.
     hidden_act
-        The activation, "relu" if not given; "linear" for the very first code, which had none.
+        The activation, "relu" if not given; "linear" for the first code, which had none.
 
     Raises
     ------

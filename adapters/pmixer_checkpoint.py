@@ -80,7 +80,7 @@ def load(
     maxlen
         The window (``--maxlen``), where the number of positions does not tell it.
     hidden_act
-        The activation, "relu" if not given; "linear" for the first code of 2020, which had none.
+        The activation, "relu" if not given; "linear" for early code, which had none.
 
     Raises
     ------

@@ -33,18 +33,18 @@ def convert(
 ) -> None:
     """Write the safe form of a checkpoint: safetensors, configuration and items in a MODEL folder.
 
-    Nothing in the checkpoint is executed. Item ids come from --item-map, or from --data in the
-    order of their first appearance.
+    Nothing in the checkpoint is executed. Item ids come from --item-map, or from --data: in the
+    order of their first appearance for RecBole, as its own numbers 1 to N for the others.
     """
     from steerrec.adapters.sasrec import SASRecRecommender, save
-    from steerrec.data import Catalogue
     from steerrec.errors import ModelError
     from steerrec.files import atomic_folder, write_json
-    from steerrec.loading import holds_no_items, load_recommender
+    from steerrec.loading import check_settings, holds_no_items, items_of, load_recommender
 
     opt.refuse_existing(output, force, kind="MODEL folder")
     if not holds_no_items(model):
         raise ModelError(f"{model} is no checkpoint of another library, such as recbole:model.pth")
+    check_settings(model)
     interactions = None
     if data is not None:
         interactions = opt.read_data(
@@ -56,12 +56,7 @@ def convert(
             dedup=dedup,
             format=format,
         )
-    items = None
-    if item_map is not None:
-        items = Catalogue.from_item_map(item_map, interactions)
-    elif interactions is not None:
-        items = Catalogue.from_interactions(interactions)
-    rec = load_recommender(model, items=items)
+    rec = load_recommender(model, items=items_of(model, interactions, item_map))
     if not isinstance(rec, SASRecRecommender):
         raise ModelError(
             f"{model} is a {type(rec.model).__name__}; only what can be rebuilt as the reference "

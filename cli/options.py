@@ -197,16 +197,21 @@ def open_model(
 
     A checkpoint that holds no ids gets those of the item map, else `items`, else of the data.
     """
-    from steerrec.data import TIME, Catalogue
-    from steerrec.loading import holds_no_items, load_recommender, model_record
+    from steerrec.data import TIME
+    from steerrec.loading import (
+        check_settings,
+        holds_no_items,
+        items_of,
+        load_recommender,
+        model_record,
+    )
     from steerrec.recommender import columns_read
 
     if holds_no_items(model):
+        check_settings(model)
         interactions = read(recorded)
-        if item_map is not None:
-            items = Catalogue.from_item_map(item_map, interactions)
-        elif items is None:
-            items = Catalogue.from_interactions(interactions)
+        if items is None or item_map is not None:
+            items = items_of(model, interactions, item_map)
         return load_recommender(model, device=device, items=items), interactions
     if item_map is not None:
         raise no_item_map(model)

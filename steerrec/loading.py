@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from steerrec.data import Catalogue
+from steerrec.data import Catalogue, Interactions
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
@@ -26,6 +26,7 @@ _BUILT_IN = {
     "pmixer": "steerrec.adapters.pmixer_checkpoint:load",
     "gsasrec": "steerrec.adapters.gsasrec_checkpoint:load",
 }
+_NUMBERED = {"pmixer", "gsasrec"}  # trained on data whose items are the numbers 1..N themselves
 _MODEL_TYPES = {"steerrec_sasrec": "sasrec"}
 
 
@@ -84,9 +85,7 @@ def load_recommender(
 
 def _open(name: str, text: str, options: dict[str, Any]) -> Recommender:
     """What an adapter makes of a path with settings behind it."""
-    load = _adapter(name)
-    path, written = split_spec(text)
-    settings = read_settings(name, load, written)
+    load, path, settings = _parsed(name, text)
     if twice := sorted(settings.keys() & options.keys()):
         raise ModelError(f"{name}:{text} and the call both give {twice[0]}; expected it once")
     options = {key: value for key, value in options.items() if value is not None}
@@ -98,10 +97,54 @@ def _open(name: str, text: str, options: dict[str, Any]) -> Recommender:
     return load(path, **settings, **options)
 
 
+def _parsed(name: str, text: str) -> tuple[Callable[..., Recommender], str, dict[str, Any]]:
+    load = _adapter(name)
+    path, written = split_spec(text)
+    return load, path, read_settings(name, load, written)
+
+
+def check_settings(spec: str | Path) -> None:
+    """Raise ModelError for settings behind an ``adapter:path`` that its adapter does not have.
+
+    `load_recommender` does so too; this is for before the data are read.
+    """
+    name, _, rest = str(spec).partition(":")
+    if rest and name in _adapter_targets():
+        _parsed(name, rest)
+
+
 def holds_no_items(spec: str | Path) -> bool:
     """Whether a model is given as ``adapter:path``, a checkpoint that knows numbers, not ids."""
     name, _, rest = str(spec).partition(":")
     return bool(rest) and name not in ("", "sasrec") and name in _adapter_targets()
+
+
+def items_of(
+    spec: str | Path, interactions: Interactions | None, item_map: Path | None = None
+) -> Catalogue | None:
+    """The items of a checkpoint that knows numbers, in the order of these; None if nothing tells.
+
+    Parameters
+    ----------
+    spec
+        The checkpoint, as ``adapter:path``.
+    interactions
+        What it was trained on: they number the items as its library does.
+    item_map
+        A table of its numbers and the ids, which goes before the order of the data.
+
+    Raises
+    ------
+    DataError
+        If the table or the data do not tell.
+    """
+    if item_map is not None:
+        return Catalogue.from_item_map(item_map, interactions)
+    if interactions is None:
+        return None
+    if str(spec).partition(":")[0] in _NUMBERED:
+        return Catalogue.from_numbers(interactions)
+    return Catalogue.from_interactions(interactions)
 
 
 def model_record(spec: str | Path) -> dict[str, Any]:

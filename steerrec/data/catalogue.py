@@ -53,10 +53,41 @@ class Catalogue:
             pl.lit(0, dtype=pl.Int64).alias("count"),
             pl.exclude("title"),
         )
-        catalogue = cls(frame)
-        histories = build_histories(interactions, catalogue)
-        train = histories.cut(held_back(histories))
-        return catalogue.with_counts(np.bincount(train.items, minlength=num_items))
+        return cls(frame)._counted(interactions)
+
+    @classmethod
+    def from_numbers(cls, interactions: Interactions) -> Catalogue:
+        """The items 1..N of data that number them so, in this order; N is the largest of them.
+
+        Counts are those of the leave-one-out training part; a number that no interaction has is
+        an item too.
+
+        Raises
+        ------
+        DataError
+            If an id is no whole number from 1 on.
+        """
+        ids = interactions.item_ids
+        numbers = ids.cast(pl.Int64, strict=False)
+        same = (numbers.cast(pl.String) == ids.cast(pl.String)) & (numbers >= 1)
+        # far fewer items than numbers: ids of another kind, and too many rows to make
+        wrong = ids.filter(~same.fill_null(False) | (numbers > 10 * len(ids) + 1000))
+        if len(wrong):
+            raise DataError(
+                f"the data have item ids such as {wrong[0]!r}; expected the numbers 1 to N, as the "
+                "model knows its items, or a table of these numbers and the ids (--item-map)"
+            )
+        largest = int(numbers.max())  # type: ignore[arg-type]
+        own = interactions.item_attributes.with_columns(numbers.alias("item_id"))
+        frame = pl.DataFrame({"item_id": pl.int_range(1, largest + 1, eager=True)})
+        frame = frame.join(own, on="item_id", how="left", maintain_order="left").select(
+            pl.int_range(pl.len(), dtype=pl.Int64).alias("row"),
+            "item_id",
+            "title",
+            pl.lit(0, dtype=pl.Int64).alias("count"),
+            pl.exclude("item_id", "title"),
+        )
+        return cls(frame)._counted(interactions)
 
     @classmethod
     def from_item_map(
@@ -89,9 +120,7 @@ class Catalogue:
                 f"none of the {len(ids):,} items of the data is in {path}, whose ids are such as "
                 f"{catalogue.item_ids[0]!r}; expected the ids of the data, such as {ids[0]!r}"
             )
-        histories = build_histories(interactions, catalogue)
-        train = histories.cut(held_back(histories))
-        return catalogue.with_counts(np.bincount(train.items, minlength=len(catalogue)))
+        return catalogue._counted(interactions)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Catalogue:
@@ -165,6 +194,11 @@ class Catalogue:
         asked = pl.DataFrame({"id": ids.cast(own.dtype, strict=False)})
         found = asked.join(table, on="id", how="left", maintain_order="left")["row"]
         return found.fill_null(-1).to_numpy()
+
+    def _counted(self, interactions: Interactions) -> Catalogue:
+        histories = build_histories(interactions, self)
+        train = histories.cut(held_back(histories))
+        return self.with_counts(np.bincount(train.items, minlength=len(self)))
 
     def with_counts(self, counts: ArrayLike) -> Catalogue:
         """The same items with other training counts [N]."""

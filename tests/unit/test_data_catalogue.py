@@ -37,6 +37,45 @@ def test_from_interactions(catalogue: Catalogue) -> None:
     assert catalogue.groups.labels.tolist() == [0, 1, 2]
 
 
+def numbered(tmp_path: Path, *ids: object) -> Catalogue:
+    path = tmp_path / "numbered.csv"
+    rows = [f"{1 + place // 2},{item},{place}\n" for place, item in enumerate(ids)]
+    path.write_text("user,item,time\n" + "".join(rows))
+    (tmp_path / "items.csv").write_text("item_id,title\n4,Four\n")
+    return Catalogue.from_numbers(read_interactions(path))
+
+
+def test_from_numbers_keeps_their_order_and_those_that_nobody_took(tmp_path: Path) -> None:
+    assert numbered(tmp_path, 4, 2, 2, 1).frame.to_dict(as_series=False) == {
+        "row": [0, 1, 2, 3],
+        "item_id": [1, 2, 3, 4],
+        "title": [None, None, None, "Four"],
+        "count": [1, 2, 0, 1],  # two users too short for anything to be held back
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ((1, 0), "0"),
+        ((1, -3), "-3"),
+        (("1", "b7"), "'b7'"),
+        (("1", "01", "x"), "'01'"),
+        (("1", "2.5"), "2.5"),
+        ((1, 1050), "1050"),
+        ((1, 10**15), "1000000000000000"),
+    ],
+)
+def test_ids_that_do_not_number_items_are_refused(
+    tmp_path: Path, ids: tuple[object, ...], shown: str
+) -> None:
+    message = (
+        rf"item ids such as '?{shown.strip(chr(39))}'?; expected the numbers 1 to N.*--item-map"
+    )
+    with pytest.raises(DataError, match=message):
+        numbered(tmp_path, *ids)
+
+
 def test_rows_of(catalogue: Catalogue) -> None:
     assert catalogue.rows_of(pl.Series([10, 99, 30, 10])).tolist() == [2, -1, 0, 2]
     assert catalogue.rows_of(pl.Series([10, 30], dtype=pl.UInt8)).tolist() == [2, 0]
