@@ -96,7 +96,7 @@ def reranker(name: str, **parameters: Any) -> Reranker:
     """
     method = METHODS.get(name)
     if method is None:
-        near = get_close_matches(name, METHODS, n=1, cutoff=0.4)
+        near = get_close_matches(name.lower(), METHODS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise MethodError(f"no re-ranking method {name!r}; {hint}there are {', '.join(METHODS)}")
     known = {field.name: field for field in fields(method)}

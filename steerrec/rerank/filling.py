@@ -52,6 +52,9 @@ class GroupLists:
 Utility = Callable[[int, Tensor], Tensor]
 """Place from 0 and items taken so far [U, G] to what each group's next item is worth, [U, G]."""
 
+SAME = 1e-12
+"""Items whose worth differs by less are worth the same: the rest is rounding."""
+
 Then = Callable[[int, Tensor, Tensor], None]
 """Told after each place from which group it was filled, [U, 1], and whether it was, [U, 1]."""
 
@@ -92,7 +95,7 @@ def fill(
         ids = lists.next(lists.ids, at)
         worth = utility(place, at).masked_fill(ids < 0, -torch.inf)
         best = worth.amax(dim=1, keepdim=True)
-        order = lists.next(lists.order, at).masked_fill(worth < best, groups * k)
+        order = lists.next(lists.order, at).masked_fill(worth < best - SAME, groups * k)
         group = order.argmin(dim=1, keepdim=True)  # [U, 1]
         filled = (chosen[:, [place]] < 0) & (best > -torch.inf)
         chosen[:, [place]] = torch.where(filled, ids.gather(1, group), chosen[:, [place]])
