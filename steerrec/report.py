@@ -117,6 +117,12 @@ def plot_frontiers(comparison: Comparison, path: str | Path, *, title: str) -> N
                     [chosen[f"ndcg@{k}"]], [chosen[metric]], s=70, color=colour, zorder=4, ec="k"
                 )
         axes.scatter([base[f"ndcg@{k}"]], [base[metric]], s=90, color=_GREY, zorder=5)
+        axes.margins(x=0.08, y=0.1)
+        shown = [s.test for m in comparison.methods if not m.control for s in m.settings]
+        near = [point[metric] for point in shown if point[f"ndcg@{k}"] >= lowest]
+        if near:  # a control that leaves the picture may do so
+            room = 0.06 * (max(near) - min(near) or 1.0)
+            axes.set_ylim(min(near) - room, max(near) + room)
         axes.set_ylabel(label)
         axes.set_xlabel(f"nDCG@{k}  (higher is better)")
         _plain_axes(axes)
@@ -144,7 +150,6 @@ def _plain_axes(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
-    axes.margins(x=0.08, y=0.1)
 
 
 def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
@@ -178,6 +183,7 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
         )
         label.set_gid("strength")
         label.set_zorder(7 if point.alpha == chosen.alpha else 6)
+    axes.margins(x=0.08, y=0.1)
     _plain_axes(axes)
 
 
