@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import tempfile
@@ -103,7 +104,12 @@ def auxiliary_loss(
 
 
 def train_autoencoder(
-    shards: ActivationShards, training: SAETraining, *, work: str | Path, device: str = "cpu"
+    shards: ActivationShards,
+    training: SAETraining,
+    *,
+    work: str | Path,
+    device: str = "cpu",
+    warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Train an SAE from shards, with a true shuffle over all rows and a checkpoint each epoch.
 
@@ -121,6 +127,8 @@ def train_autoencoder(
         the very weights of an uninterrupted run.
     device
         Where to train.
+    warm_start
+        An SAE of raw activations to go on from; by default decoder rows begin at random.
 
     Returns
     -------
@@ -130,9 +138,10 @@ def train_autoencoder(
     Raises
     ------
     TrainingError
-        If a checkpoint of other settings is in the way, or the loss is not finite.
+        If a checkpoint of other settings is in the way, the loss is not finite, or the SAE to
+        start from is of another size.
     """
-    run = _Run(shards, training, Path(work), torch.device(device))
+    run = _Run(shards, training, Path(work), torch.device(device), warm_start)
     run.resume()
     bar = track(range(run.epoch, training.epochs), "SAE epochs", unit="epoch")
     for _ in bar:
@@ -149,7 +158,12 @@ class _Run:
     """The state of one training run between epochs."""
 
     def __init__(
-        self, shards: ActivationShards, training: SAETraining, work: Path, device: torch.device
+        self,
+        shards: ActivationShards,
+        training: SAETraining,
+        work: Path,
+        device: torch.device,
+        warm_start: SparseAutoencoder | None = None,
     ) -> None:
         if len(shards) < training.batch_size // 8 or len(shards) < 2:
             raise TrainingError(
@@ -158,11 +172,15 @@ class _Run:
             )
         self.shards, self.training, self.device = shards, training, device
         self.mean, self.scale = _normalisation(shards)
-        generator = torch.Generator().manual_seed(training.seed)
-        self.sae = SparseAutoencoder(
-            shards.width, training.latents, training.k, generator=generator
-        ).to(device)
-        self.match_length(generator)
+        if warm_start is None:
+            generator = torch.Generator().manual_seed(training.seed)
+            self.sae = SparseAutoencoder(
+                shards.width, training.latents, training.k, generator=generator
+            ).to(device)
+            self.match_length(generator)
+        else:
+            _check_size(warm_start, shards.width, training)
+            self.sae = _trainable(warm_start, self.mean, self.scale).to(device)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -171,6 +189,8 @@ class _Run:
         self.log: list[dict[str, float]] = []
         self.dead_after = min(training.dead_after, len(shards))
         settings = {"training": asdict(training), "rows": len(shards), "scale": self.scale}
+        if warm_start is not None:
+            settings["warm_start"] = _digest(warm_start)
         self.checkpoint = Checkpoint(work / "checkpoint.safetensors", settings)
 
     @torch.no_grad()
@@ -257,6 +277,40 @@ class _Run:
         self.epoch, self.log = state["epoch"], state["log"]
 
 
+def _check_size(sae: SparseAutoencoder, width: int, training: SAETraining) -> None:
+    found, expected = (sae.d_in, sae.d_sae, sae.k), (width, training.latents, training.k)
+    if found != expected:
+        raise TrainingError(
+            "the SAE to start from has width {}, {} latents and k {}; ".format(*found)
+            + "expected {}, {} and {}: train one from scratch".format(*expected)
+        )
+
+
+@torch.no_grad()
+def _trainable(sae: SparseAutoencoder, mean: Tensor, scale: float) -> SparseAutoencoder:
+    """A copy of an SAE of raw vectors for ``(x - mean) / scale``, with decoder rows of length 1.
+
+    It computes what the SAE computes as long as its decoder rows are all of one length; else the
+    encoder makes up for theirs, and TopK may select otherwise.
+    """
+    W_dec = sae.W_dec.float().cpu() / scale
+    length = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)  # [d_sae]
+    weights = {
+        "W_enc": sae.W_enc.float().cpu() * scale * length,
+        "b_enc": sae.b_enc.float().cpu() * length,
+        "W_dec": F.normalize(W_dec, dim=1),
+        "b_dec": (sae.b_dec.float().cpu() - mean) / scale,
+    }
+    return SparseAutoencoder.from_weights(weights, sae.k).requires_grad_(True)
+
+
+def _digest(sae: SparseAutoencoder) -> str:
+    sha = hashlib.sha256()
+    for tensor in sae.state_dict().values():
+        sha.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 @torch.no_grad()
 def _project_decoder_gradient(sae: SparseAutoencoder) -> None:
     """Take out of the gradient what would only change the length of the decoder rows."""
@@ -331,6 +385,7 @@ def fit_autoencoder(
     sampling: ActivationSampling | None = None,
     work: str | Path | None = None,
     device: str = "cpu",
+    warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Capture activations of a frozen recommender and train an SAE on them.
 
@@ -349,6 +404,8 @@ def fit_autoencoder(
         by default.
     device
         Where to train.
+    warm_start
+        An SAE to go on from: that of the same site before the recommender was retrained.
 
     Returns
     -------
@@ -366,11 +423,14 @@ def fit_autoencoder(
                 sampling=sampling,
                 work=folder,
                 device=device,
+                warm_start=warm_start,
             )
     shards = Path(work) / "activations"
     capture_activations(rec, train, shards, site=site, sampling=sampling)
     seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
-    sae, summary = train_autoencoder(seen, training or SAETraining(), work=work, device=device)
+    sae, summary = train_autoencoder(
+        seen, training or SAETraining(), work=work, device=device, warm_start=warm_start
+    )
     summary["sampling"] = vars(sampling or ActivationSampling()) | {}
     summary["reconstruction"] = reconstruction_report(sae, held_out, seen)
     return sae, summary
