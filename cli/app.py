@@ -16,6 +16,7 @@ from steerrec.cli.attach import attach
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
+from steerrec.cli.import_sae import import_sae
 from steerrec.cli.layers import layers
 from steerrec.cli.score import score
 from steerrec.cli.steer import steer
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, convert, evaluate, layers, attach, score, steer):
+for command in (demo, train, convert, evaluate, layers, attach, import_sae, score, steer):
     app.command()(command)
 
 

@@ -25,7 +25,8 @@ def score(
         int, typer.Option("--users", min=2, help="Synthetic users of each group.")
     ] = 8192,
     top: Annotated[int, typer.Option("--top", min=1, help="Neurons to show.")] = 10,
-    layer: opt.Layer = None,
+    site: opt.SiteName = None,
+    strict: opt.Strict = True,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
@@ -56,8 +57,10 @@ def score(
         dedup=dedup,
         format=format,
     )
-    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
-    here = opened.at(layer)
+    opened, rec, interactions = opt.open_artifact(
+        artifact, model, read, item_map, device, site=site, strict=strict
+    )
+    here = opened.at(site)
     split = opt.split_for(rec, interactions)
     table = score_neurons(
         rec,

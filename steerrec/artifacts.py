@@ -388,6 +388,7 @@ def save_site(
 def _site_folder(path: str | Path, site: Site, latents: int) -> Path:
     """Where an artifact on disk holds an SAE of so many latents for the site."""
     folder = Path(path)
+    name: str
     for name, entry in read_record(folder, folder)["sites"].items():
         if read_entry(folder / name, entry)[0] != site:
             continue

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
+from steerrec.attachment import count_firings
 from steerrec.autoencoder import (
     Latents,
     Reconstruction,
@@ -71,6 +72,11 @@ class SAETraining:
             raise TrainingError(
                 f"k is {self.k}; expected between 1 and the number of latents, {self.latents}"
             )
+
+    @classmethod
+    def going_on(cls, sae: SparseAutoencoder) -> SAETraining:
+        """A short run that goes on from a trained SAE: a sixth of the epochs of a fresh one."""
+        return cls(latents=sae.d_sae, k=sae.k, epochs=5)
 
 
 def auxiliary_loss(
@@ -354,13 +360,13 @@ def reconstruction_report(
     moments = RunningMoments(sae.d_in)
     for rows in held_out.chunks():
         moments.update(held_out.gather(rows))
-    mean = moments.mean.float()
+    mean = moments.mean.to(sae.W_enc)
     alive = torch.zeros(sae.d_sae, dtype=torch.bool)
     residual = total = 0.0
     active = 0
     for shards in (held_out, seen):
         for rows in shards.chunks():
-            x = shards.gather(rows)
+            x = shards.gather(rows).to(sae.W_enc)
             out = sae(x)
             positive = out.latents.values > 0
             alive[out.latents.indices[positive]] = True
@@ -398,7 +404,7 @@ def fit_autoencoder(
     site
         Where to attach; the recommender's own site by default.
     training, sampling
-        Procedure, and which prefixes to learn from.
+        Procedure (from a warm start `SAETraining.going_on`), and which prefixes to learn from.
     work
         Folder for shards and checkpoint, to be continued after an interruption; a temporary one
         by default.
@@ -411,7 +417,7 @@ def fit_autoencoder(
     -------
     sae, summary
         The SAE, and a JSON-able record: settings, `log` by epoch, and `reconstruction` with FVU,
-        L0 and dead share.
+        L0 and dead share; `warm_start` has the same of the SAE that training went on from.
     """
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -425,6 +431,9 @@ def fit_autoencoder(
                 device=device,
                 warm_start=warm_start,
             )
+    if warm_start is not None:
+        training = training or SAETraining.going_on(warm_start)
+        count_firings(rec, site or rec.site, width=warm_start.d_in)  # before anything is captured
     shards = Path(work) / "activations"
     capture_activations(rec, train, shards, site=site, sampling=sampling)
     seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
@@ -433,4 +442,6 @@ def fit_autoencoder(
     )
     summary["sampling"] = vars(sampling or ActivationSampling()) | {}
     summary["reconstruction"] = reconstruction_report(sae, held_out, seen)
+    if warm_start is not None:
+        summary["warm_start"] = reconstruction_report(warm_start.cpu(), held_out, seen)
     return sae, summary

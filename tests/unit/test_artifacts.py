@@ -3,16 +3,26 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from steerrec import artifact_site
-from steerrec.artifacts import Artifact, load_artifact, save_steering, save_table
+from steerrec.activations import collect_user_vectors, sample_prefixes
+from steerrec.artifacts import (
+    Artifact,
+    Fit,
+    SiteArtifact,
+    load_artifact,
+    save_site,
+    save_steering,
+    save_table,
+)
 from steerrec.attribution import AttributionTable, score_neurons
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.errors import ArtifactError, StorageError
+from steerrec.errors import ArtifactError, ArtifactWarning, StorageError
 from steerrec.profiles import popularity_contrast
 from steerrec.recommender import fingerprint
 from steerrec.sites import Site
@@ -219,13 +229,217 @@ def test_the_card_has_the_numbers(saved):
     assert f"| `mean` | {D_SAE} | {K} | 0.02 | 2.5 | – |" in card
 
 
-def test_a_double_precision_sae_and_recipe_are_written_as_float32(rec, sae, tmp_path):
-    made = Artifact.create(rec, sae.double())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_sae_comes_back_in_its_own_dtype_bit_for_bit(rec, sae, tmp_path, dtype):
+    Artifact.create(rec, sae.to(dtype)).save(tmp_path / "artifact")
+    loaded = load_artifact(tmp_path / "artifact").at().sae
+    for name, tensor in sae.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == dtype
+        assert torch.equal(found, tensor)
+    assert loaded.config() == sae.config()
+    config = json.loads((tmp_path / "artifact" / rec.site.folder / "cfg.json").read_text())
+    assert f"torch.{config['dtype']}" == str(dtype)
+
+
+def test_an_sae_of_another_dtype_cannot_be_saved(rec, sae, tmp_path):
+    with pytest.raises(ArtifactError, match="the SAE is complex64; expected one of float32"):
+        Artifact.create(rec, sae.to(torch.complex64)).save(tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_and_recipes_are_written_as_float32(rec, sae, tmp_path):
+    made = Artifact.create(rec, sae)
     made.at().steerings["mine"] = Steering(torch.ones(D_SAE, dtype=torch.float64), name="mine")
     made.save(tmp_path / "artifact")
     assert torch.equal(
         load_artifact(tmp_path / "artifact").at().steerings["mine"].shift, torch.ones(D_SAE)
     )
+
+
+def test_two_saves_are_equal_byte_for_byte(artifact, tmp_path):
+    for name in ("one", "other"):
+        artifact.save(tmp_path / name)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_what_is_undefined_is_null_on_disk_and_what_cannot_be_read_is_not_written(
+    rec, sae, tmp_path
+):
+    training = {"log": ({"fvu": float("nan")},), "reconstruction": {"fvu": None}}
+    Artifact.create(rec, sae, training=training).save(tmp_path / "artifact")
+    loaded = load_artifact(tmp_path / "artifact").at().training
+    assert loaded == {"log": [{"fvu": None}], "reconstruction": {"fvu": None}}
+    for bad, reason in ({"a": object()}, "cannot be saved"), ({"a": 10**30}, "an integer of 31"):
+        with pytest.raises(ArtifactError, match=reason):
+            Artifact.create(rec, sae, training=bad).save(tmp_path / "artifact")
+    assert load_artifact(tmp_path / "artifact").at().training == loaded
+
+
+# --- several sites
+
+
+ITEMS = Site("item_embedding", positions_from="last")
+
+
+@pytest.fixture
+def two(artifact, rec):
+    """The same with an SAE of another size on the item embedding."""
+    artifact.add(rec, SparseAutoencoder(D_IN, 8, 2), site=ITEMS, training={"log": []})
+    return artifact
+
+
+def test_several_sites_come_back_each_with_its_own(two, rec, table, tmp_path):
+    short = AttributionTable({n: torch.ones(8) for n in table.columns}, {"name": "horror"})
+    two.at("item_embedding").tables["horror"] = short
+    two.save(tmp_path / "artifact")
+    loaded = load_artifact(tmp_path / "artifact", rec=rec)
+    assert list(loaded.sites) == [rec.site.folder, ITEMS.folder]
+    mean, items = loaded.at("mean"), loaded.at(ITEMS.folder)
+    assert (mean.sae.d_sae, list(mean.tables), list(mean.steerings)) == (
+        D_SAE,
+        ["popularity"],
+        ["popsteer"],
+    )
+    assert (items.sae.d_sae, list(items.tables), list(items.steerings)) == (8, ["horror"], [])
+    assert items.site == ITEMS
+    loaded.save(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "artifact")
+
+
+def test_two_sites_on_one_module_do_not_collide(rec, sae, tmp_path):
+    made = Artifact.create(rec, sae, site=ITEMS)
+    first = Site("item_embedding", positions="all")
+    made.add(rec, SparseAutoencoder(D_IN, 8, 2), site=first)
+    made.save(tmp_path / "artifact")
+    loaded = load_artifact(tmp_path / "artifact")
+    message = rf"2 sites at 'item_embedding'; .*{ITEMS.folder}.*{first.folder}"
+    with pytest.raises(ArtifactError, match=message):
+        loaded.at("item_embedding")
+    assert loaded.at(ITEMS.folder).sae.d_sae == D_SAE
+    assert loaded.at(first.folder).sae.d_sae == 8
+
+
+def test_a_site_is_added_once_and_only_for_the_same_model(two, rec, sae):
+    with pytest.raises(ArtifactError, match="already holds an SAE at 'item_embedding'"):
+        two.add(rec, sae, site=ITEMS)
+    other = random_recommender(width=D_IN, seed=1)
+    with pytest.raises(ArtifactError, match="other weights"):
+        two.add(other, sae, site=Site("item_embedding", positions="all"))
+    assert len(two.sites) == 2
+
+
+def test_a_site_is_added_to_an_artifact_on_disk_and_all_else_stays(saved, rec):
+    (saved / "notes.txt").write_text("mine")
+    before = contents(saved)
+    save_site(saved, rec, SparseAutoencoder(D_IN, 8, 2), site=ITEMS, training={"log": [1]})
+    after = contents(saved)
+    kept = before.keys() - {"steerrec.json", "README.md"}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after.keys() - before.keys() == {
+        f"{ITEMS.folder}/cfg.json",
+        f"{ITEMS.folder}/sae_weights.safetensors",
+    }
+    assert "| `item_embedding` | 8 | 2 |" in (saved / "README.md").read_text()
+    loaded = load_artifact(saved, rec=rec)
+    assert loaded.at("item_embedding").training == {"log": [1]}
+    assert [path.name for path in saved.parent.iterdir()] == ["artifact"]
+
+
+def test_a_card_that_was_edited_stays_as_it_is(saved, rec):
+    (saved / "README.md").write_text("by hand")
+    save_site(saved, rec, SparseAutoencoder(D_IN, 8, 2), site=ITEMS)
+    assert (saved / "README.md").read_text() == "by hand"
+
+
+def test_the_folder_of_a_deep_module_keeps_a_usable_name(rec, sae, tmp_path):
+    """However long its path; before, one could be saved that could not be loaded."""
+    deep = Site(".".join(["layers"] * 30), layout="BH")
+    rec.model.average = rec.model._modules.pop("mean")
+    made = Artifact({"fingerprint": {deep.folder: {}}}, {deep.folder: SiteArtifact(deep, sae)})
+    made.save(tmp_path / "artifact")
+    assert load_artifact(tmp_path / "artifact").at().site == deep
+
+
+# --- written by a newer steerrec
+
+
+def newer(saved, here):
+    """Unknown keys in every file that has any."""
+    record = json.loads((saved / "steerrec.json").read_text())
+    record |= {"licence": "MIT", "format_version": "1.7"}
+    record["base_model"]["revision"] = "main"
+    for entry in record["sites"].values():
+        entry["quality"] = {"stars": 5}
+    (saved / "steerrec.json").write_text(json.dumps(record))
+    config = json.loads((here / "cfg.json").read_text())
+    config["metadata"]["dataset_path"] = "visits"
+    change_json(here / "cfg.json", colour=["red"], metadata=config["metadata"])
+    for kind, name, key in (
+        ("attribution", "popularity", "table"),
+        ("steering", "popsteer", "steering"),
+    ):
+        file = here / kind / f"{name}.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        made = json.loads(metadata[key]) | {"mood": "good"}
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        write_tensors(file, tensors, {key: json.dumps(made), "beside": "it", "z": "y"})
+
+
+def test_what_a_newer_minor_version_wrote_is_warned_about_and_kept(saved, here, tmp_path):
+    newer(saved, here)
+    with pytest.warns(ArtifactWarning) as caught:
+        loaded = load_artifact(saved)
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith(f"{saved}: its format 1.7 is newer than 1.0; not known here")
+    for key in (
+        "'licence' in steerrec.json",
+        "'quality' in steerrec.json",
+        "'colour' in cfg.json",
+        "'mood' in attribution/popularity",
+        "'mood' in steering/popsteer",
+    ):
+        assert key in message
+    again = tmp_path / "again"
+    loaded.save(again)
+    record = json.loads((again / "steerrec.json").read_text())
+    assert (record["licence"], record["format_version"]) == ("MIT", "1.0")
+    assert record["base_model"]["revision"] == "main"
+    assert record["sites"][here.name]["quality"] == {"stars": 5}
+    config = json.loads((again / here.name / "cfg.json").read_text())
+    assert (config["colour"], config["metadata"]["dataset_path"]) == (["red"], "visits")
+    for kind in ("attribution/popularity", "steering/popsteer"):
+        with safe_open(again / here.name / f"{kind}.safetensors", framework="pt") as opened:
+            metadata = opened.metadata()
+        assert (metadata.pop("beside"), metadata.pop("z")) == ("it", "y")
+        assert json.loads(*metadata.values())["mood"] == "good"
+    with pytest.warns(ArtifactWarning, match="not known here") as caught:
+        load_artifact(again).save(tmp_path / "third")
+    assert "newer than" not in str(caught[0].message)
+    assert contents(tmp_path / "third") == contents(again)
+
+
+def test_a_newer_table_is_kept_only_as_long_as_the_table(saved, here, rec, table):
+    newer(saved, here)
+    with pytest.warns(ArtifactWarning):
+        loaded = load_artifact(saved)
+    loaded.at().tables["popularity"] = table
+    loaded.save(saved)
+    with pytest.warns(ArtifactWarning) as caught:
+        load_artifact(saved)
+    assert "attribution" not in str(caught[0].message)
+
+
+def test_a_newer_minor_version_alone_is_said(saved):
+    change_json(saved / "steerrec.json", format_version="1.1")
+    with pytest.warns(ArtifactWarning, match=r"its format 1\.1 is newer than 1\.0$"):
+        load_artifact(saved)
+
+
+def test_an_older_minor_version_is_read_in_silence(saved, monkeypatch):
+    monkeypatch.setattr("steerrec.artifacts.FORMAT_VERSION", "1.3")
+    load_artifact(saved)
 
 
 # --- whose artifact it is
@@ -260,6 +474,77 @@ def test_a_model_without_the_site_is_refused(saved, rec):
     for strict in (True, False):
         with pytest.raises(ArtifactError, match=r"made for a MeanModel.*no module 'mean'"):
             load_artifact(saved, rec=rec, strict=strict)
+
+
+def test_versions_of_packages_are_recorded_and_not_compared(saved, rec):
+    change_json(saved / "steerrec.json", versions={"torch": "0.1"})
+    load_artifact(saved, rec=rec)
+
+
+def test_other_item_counts_and_classes_are_named(saved, rec):
+    class Other(type(rec.model)):
+        pass
+
+    more = random_recommender(items=21, width=D_IN)
+    with pytest.raises(
+        ArtifactError, match=r"with 21 items .*: other number of items and weights;"
+    ):
+        load_artifact(saved, rec=more)
+    rec.model.__class__ = Other
+    with pytest.raises(ArtifactError, match=r"this is a Other .*: other class;"):
+        load_artifact(saved, rec=rec)
+
+
+# --- another model: does the SAE still fit?
+
+
+def fitted(rec, fvu):
+    """An artifact of a model, with an SAE that reconstructs its vectors to about this FVU."""
+    identity, lost = torch.eye(D_IN), fvu**0.5
+    weights = {
+        "W_enc": torch.cat([identity, -identity], dim=1),
+        "b_enc": torch.zeros(2 * D_IN),
+        "W_dec": torch.cat([identity, -identity]) * (1 - lost),
+        "b_dec": torch.zeros(D_IN),
+    }
+    sae = SparseAutoencoder.from_weights(weights, D_IN)
+    return Artifact.create(rec, sae, training={"reconstruction": {"fvu": fvu}})
+
+
+def test_the_fit_is_the_fvu_on_this_model_against_twice_that_on_its_own(rec):
+    """An SAE that gives back 1 - sqrt(.2) of each vector loses .2 of the variance, or a little more
+    where the vectors have a mean."""
+    histories = random_histories(users=300, shortest=4)
+    artifact = fitted(rec, 0.2)
+    fit = artifact.measure_fit(rec, histories)
+    vectors = collect_user_vectors(
+        rec, histories.prefixes(*sample(histories, fit.rows), rec.max_length)
+    )
+    lost = artifact.at().sae(vectors).x_hat - vectors
+    expected = lost.square().sum() / (vectors - vectors.mean(dim=0)).square().sum()
+    assert fit.fvu == pytest.approx(float(expected), rel=1e-5)
+    assert (fit.recorded, fit.limit, fit.fits) == (0.2, 0.4, True)
+    assert fit.l0 == pytest.approx(4.0)
+    assert Fit(0.41, 0.2, 10, 4.0).fits is False
+    assert Fit(0.1, 0.01, 10, 4.0).fits is True  # nine tenths are explained all the same
+    assert (Fit(0.11, 0.01, 10, 4.0).fits, Fit(0.11, None, 10, 4.0).fits) == (False, False)
+
+
+def sample(histories, rows):
+    return sample_prefixes(histories, rows, np.random.default_rng(0))
+
+
+def test_on_another_model_the_fit_is_measured_and_a_bad_one_is_warned_about(rec, tmp_path):
+    histories, other = random_histories(), random_recommender(width=D_IN, seed=1)
+    fitted(rec, 0.01).save(tmp_path / "good")
+    load_artifact(tmp_path / "good", rec=other, strict=False, histories=histories)
+    artifact = fitted(rec, 0.01)
+    with torch.no_grad():
+        artifact.at().sae.W_dec.zero_()
+    artifact.save(tmp_path / "bad")
+    with pytest.warns(ArtifactWarning, match=r"at 'mean': FVU 1\.\d+ \(0\.0100 .* no longer fits"):
+        load_artifact(tmp_path / "bad", rec=other, strict=False, histories=histories)
+    load_artifact(tmp_path / "bad", rec=rec, strict=False, histories=histories)  # its own model
 
 
 # --- refused
@@ -527,6 +812,47 @@ def test_what_is_for_another_sae_is_not_added(saved, rec):
     with pytest.raises(ArtifactError, match=r"an SAE of 12 latents; what is to be added is for 5"):
         save_steering(saved, rec.site, Steering(torch.zeros(5)))
     assert contents(saved) == before
+
+
+def test_a_folder_with_links_out_of_it_is_refused_unless_they_may_lead_there(saved, here):
+    """As in the Hub's cache, where every file of a snapshot is a link to a blob."""
+    blobs = saved.parent / "blobs"
+    blobs.mkdir()
+    files = [file for file in saved.rglob("*.*") if file.is_file() and file.name != "README.md"]
+    assert len(files) == 5
+    for number, file in enumerate(files):
+        blob = file.rename(blobs / str(number))
+        file.symlink_to(blob)
+        with pytest.raises(ArtifactError, match=f"{file.name} is a link that leads out of"):
+            load_artifact(saved)
+        file.unlink()
+        shutil.copy(blob, file)
+    for number, file in enumerate(files):
+        file.unlink()
+        file.symlink_to(blobs / str(number))
+    assert list(load_artifact(saved, root=saved.parent).at().steerings) == ["popsteer"]
+
+
+def test_a_site_folder_that_is_a_link_out_is_refused(saved, here):
+    here.rename(saved.parent / "elsewhere")
+    here.symlink_to("../elsewhere")
+    with pytest.raises(ArtifactError, match="is a link that leads out of"):
+        load_artifact(saved)
+
+
+def test_a_fingerprint_of_another_layer_is_refused(saved, rec):
+    record = json.loads((saved / "steerrec.json").read_text())
+    record["base_model"]["fingerprint"][rec.site.folder]["site"] = "layers.3"
+    (saved / "steerrec.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"is at 'mean', its fingerprint at 'layers\.3'"):
+        load_artifact(saved)
+
+
+def test_a_file_in_a_part_of_a_site_needs_a_plain_name(saved, here):
+    file = here / "steering" / "popsteer.safetensors"
+    shutil.copy(file, here / "steering" / "a\n\x1b[31mb.safetensors")
+    with pytest.raises(ArtifactError, match=r"file 'a\\n\\x1b\[31mb' cannot be a file name"):
+        load_artifact(saved)
 
 
 @pytest.mark.parametrize("name", ["", "../genre", "a/b", ".hidden", "a b", "é", "x" * 101])
