@@ -21,7 +21,7 @@ from steerrec.files import atomic_file, write_json
 from steerrec.sites import Site, TokenIds
 from steerrec.steering import Steering
 from steerrec.tensor_files import TensorFile, dtype_name, write_tensors
-from steerrec.untrusted import json_able, parse_object, read_json, shown
+from steerrec.untrusted import json_able, parse_object, printable, read_json, shown
 
 RECORD = "steerrec.json"
 CONFIG = "cfg.json"
@@ -44,6 +44,10 @@ _FOLDED = {
     "reshape_activations": "none",
     "rescale_acts_by_decoder_norm": False,
 }
+
+
+# Without it SAELens takes the configuration for one of before version 6, and drops the metadata.
+_LAYOUT = {"sae_lens_version": "6.0.0"}
 
 
 @dataclass
@@ -147,7 +151,7 @@ def write_site(folder: Path, here: SiteArtifact, source: object) -> None:
             f"the SAE is {config['dtype']}; expected one of {', '.join(_DTYPES)} to save it"
         )
     named = {"model_name": source, "hook_name": here.site.path}
-    config["metadata"] = named | here.unknown.get(_IN_CONFIG, {})
+    config["metadata"] = named | _LAYOUT | here.unknown.get(_IN_CONFIG, {})
     write_json(folder / CONFIG, json_able(config | here.unknown.get(CONFIG, {})))
     with atomic_file(folder / WEIGHTS) as temporary:
         write_tensors(temporary, here.sae.state_dict(), {})
@@ -229,7 +233,7 @@ def read_site(folder: Path, root: Path, entry: Any) -> SiteArtifact:
     unknown = {
         RECORD: without(entry, {"site", "training"}),
         CONFIG: without(config, {*here.sae.config(), "metadata"}),
-        _IN_CONFIG: without(metadata, {"model_name", "hook_name"})
+        _IN_CONFIG: without(metadata, {"model_name", "hook_name", *_LAYOUT})
         if isinstance(metadata, dict)
         else {},
     }
@@ -246,7 +250,7 @@ def read_entry(folder: Path, entry: Any) -> tuple[Site, dict[str, Any]]:
     try:
         site = Site.from_dict(entry["site"])
     except SiteError as error:
-        raise ArtifactError(f"{where} is not understood: {str(error)[:200]}") from error
+        raise ArtifactError(f"{where} is not understood: {printable(str(error))}") from error
     source = site.positions_from
     if isinstance(source, TokenIds) and type(source.pad_id) is not int:
         raise ArtifactError(f"{where} has a padding id {shown(source.pad_id)}; expected a number")

@@ -120,6 +120,11 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """A text in which there is something from a file, such that it cannot garble a terminal."""
+    return text[:limit].encode("unicode_escape").decode()
+
+
 def json_able(value: Any) -> Any:
     """The value as JSON can hold it: numbers that are not finite as None, tuples as lists."""
     if isinstance(value, Mapping):

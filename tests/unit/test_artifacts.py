@@ -175,7 +175,11 @@ def test_the_record_names_model_data_sites_and_versions(saved, rec):
 
 def test_the_configuration_is_one_that_saelens_opens(here):
     config = json.loads((here / "cfg.json").read_text())
-    assert config.pop("metadata") == {"model_name": "tests/unit/tiny.py", "hook_name": "mean"}
+    assert config.pop("metadata") == {
+        "model_name": "tests/unit/tiny.py",
+        "hook_name": "mean",
+        "sae_lens_version": "6.0.0",  # whose layout this is
+    }
     assert config == {
         "architecture": "topk",
         "d_in": D_IN,
