@@ -43,6 +43,7 @@ def score(
     from steerrec.attribution import score_neurons
     from steerrec.errors import DataError
     from steerrec.profiles import popularity_contrast
+    from steerrec.recommender import fingerprint
 
     if contrast != "popularity":
         raise DataError(f"unknown contrast {contrast!r}; expected popularity")
@@ -71,6 +72,8 @@ def score(
         users=users,
         seed=seed,
     )
+    if not strict:
+        table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
     file = save_table(artifact, here.site, table)
     if json_output:
         opt.print_json(
