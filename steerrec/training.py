@@ -187,6 +187,7 @@ class _Run:
         else:
             _check_size(warm_start, shards.width, training)
             self.sae = _trainable(warm_start, self.mean, self.scale).to(device)
+            self.recentre()
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -206,10 +207,26 @@ class _Run:
         With many more latents than dimensions the k chosen decoder rows point much the same way,
         and an encoder equal to their transpose would overshoot several times over.
         """
-        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
-        x = (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
+        x = self.sample(generator)
         x_hat = self.sae(x).x_hat
         self.sae.W_enc.mul_((x * x_hat).sum() / x_hat.square().sum())
+
+    @torch.no_grad()
+    def recentre(self) -> None:
+        """Let `b_dec` follow the mean of the vectors, which a retrained model has moved."""
+        x = self.sample(torch.Generator().manual_seed(self.training.seed))
+        tried = []
+        for _ in range(5):
+            x_hat = self.sae(x).x_hat
+            fvu = float(fraction_of_variance_unexplained(x, x_hat))
+            tried.append((fvu, len(tried), self.sae.b_dec.clone()))
+            self.sae.b_dec += (x - x_hat).mean(dim=0)
+        self.sae.b_dec.copy_(min(tried)[2])
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Some of the rows as they are trained on, [R, H]."""
+        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
+        return (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
 
     @property
     def dead(self) -> Tensor:
