@@ -17,6 +17,7 @@ from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
+from steerrec.cli.import_sae import import_sae
 from steerrec.cli.layers import layers
 from steerrec.cli.score import score
 from steerrec.cli.steer import steer
@@ -47,7 +48,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, convert, evaluate, layers, attach, score, steer, compare):
+for command in (
+    *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare),
+):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,13 +25,27 @@ def attach(
         str,
         typer.Option("--call", help="Which firing of --layer: only, first, last, all or a number."),
     ] = "only",
-    latents: Annotated[int, typer.Option("--latents", min=1, help="Latents of the SAE.")] = 4096,
-    k: Annotated[int, typer.Option("--k", min=1, help="Latents active at once.")] = 32,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the rows.")] = 30,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(
+            "--warm-start",
+            help="ARTIFACT of this model before it was retrained: go on from its SAE.",
+            show_default=False,
+        ),
+    ] = None,
+    latents: Annotated[
+        int | None, typer.Option("--latents", min=1, help="Latents of the SAE; 4096.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Latents active at once; 32.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="Passes over the rows; 30, or 5 from a warm start."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a step.")] = 1024,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", min=1e-9, help="Peak learning rate.")
-    ] = 5e-3,
+        float | None,
+        typer.Option("--learning-rate", min=1e-9, help="Peak learning rate; 0.005."),
+    ] = None,
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Training prefixes to learn from, at most.")
     ] = 200_000,
@@ -51,16 +66,21 @@ def attach(
 ) -> None:
     """Capture activations of a layer of MODEL, train an SAE on them, and save an ARTIFACT.
 
-    After an interruption the same command goes on where it stopped.
+    An ARTIFACT that is there gets one more site. After an interruption the same command goes on
+    where it stopped.
     """
     from steerrec.activations import ActivationSampling
-    from steerrec.artifacts import Artifact
+    from steerrec.artifacts import Artifact, load_artifact, save_site
     from steerrec.evaluation import reconstruction_cost
     from steerrec.layers import site_at
     from steerrec.loading import holds_no_items
     from steerrec.training import SAETraining, fit_autoencoder
 
-    opt.refuse_existing(output, force, kind="ARTIFACT folder")
+    if warm_start is not None and (latents, k, call) != (None, None, "only"):
+        raise typer.BadParameter("--warm-start says itself which site, how many latents, and k")
+    adding = opt.adds_to(output, force)
+    before = None if warm_start is None else load_artifact(warm_start)
+    start = None if before is None else before.at(layer)
     started = time.perf_counter()
     read = partial(
         opt.read_data,
@@ -73,36 +93,48 @@ def attach(
         format=format,
     )
     rec, interactions = opt.open_model(model, read, item_map, device)
-    site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
+    if start is not None:
+        site = start.site
+    else:
+        site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
+    if adding:
+        opt.refuse_held(output, rec, site)
     split = opt.split_for(rec, interactions)
+    if start is None:
+        training = SAETraining(latents=latents or 4096, k=k or 32)
+    else:
+        training = SAETraining.going_on(start.sae)
     work = opt.partial(output)
     sae, summary = fit_autoencoder(
         rec,
         split.train,
         site=site,
-        training=SAETraining(
-            latents=latents,
-            k=k,
-            epochs=epochs,
+        training=replace(
+            training,
+            epochs=epochs or training.epochs,
             batch_size=batch_size,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate or training.learning_rate,
             seed=seed,
         ),
         sampling=ActivationSampling(rows=rows, seed=seed),
         work=work,
         device=device,
+        warm_start=None if start is None else start.sae,
     )
     summary["downstream"] = reconstruction_cost(rec, sae, split, site=site)
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    artifact = Artifact.create(
-        rec,
-        sae,
-        site=site,
-        training=summary,
-        data=interactions.preparation.to_dict(),
-        items=rec.catalogue if holds_no_items(model) else None,
-    )
-    artifact.save(output)
+    if adding:
+        save_site(output, rec, sae, site=site, training=summary)
+    else:
+        artifact = Artifact.create(
+            rec,
+            sae,
+            site=site,
+            training=summary,
+            data=interactions.preparation.to_dict(),
+            items=rec.catalogue if holds_no_items(model) else None,
+        )
+        artifact.save(output)
     if keep_activations:
         opt.note(f"activations are in {work / 'activations'}")
     else:
@@ -111,7 +143,10 @@ def attach(
         opt.print_json({"artifact": str(output), "site": site.to_dict(), **summary})
         return
     found, cost = summary["reconstruction"], summary["downstream"]
-    rows_out = [
+    rows_out = []
+    if start is not None:
+        rows_out.append(["FVU of the SAE as it was", opt.number(summary["warm_start"]["fvu"])])
+    rows_out += [
         ["FVU on held-out users", opt.number(found["fvu"])],
         ["L0", f"{found['l0']:.1f}"],
         ["dead latents", f"{found['dead_share']:.2%}"],
@@ -122,4 +157,4 @@ def attach(
             [f"nDCG@10 of the model, {which}", opt.number(own)],
             [f"nDCG@10 kept by the reconstruction, {which}", opt.number(kept, ".2%")],
         ]
-    opt.print_table(f"{output}: {latents} latents at {site.path}", ["", "value"], rows_out)
+    opt.print_table(f"{output}: {sae.d_sae} latents at {site.path}", ["", "value"], rows_out)

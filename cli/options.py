@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from steerrec.data import Catalogue, Histories, Interactions, Split
     from steerrec.evaluation import Evaluation
     from steerrec.recommender import Recommender
+    from steerrec.sites import Site
 
 Kind = Literal["file", "MODEL folder", "ARTIFACT folder"]
 
@@ -101,6 +102,21 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Layer = Annotated[
     str | None,
     typer.Option("--layer", help="Module path of the site; see `steerrec layers`."),
+]
+SiteName = Annotated[
+    str | None,
+    typer.Option(
+        "--site",
+        "--layer",
+        help="Which site of ARTIFACT, where it has several: its module path or folder name.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict/--no-strict",
+        help="Refuse any other model than the one that ARTIFACT was made for.",
+    ),
 ]
 
 
@@ -233,18 +249,24 @@ def open_artifact(
     read: Callable[..., Interactions],
     item_map: Path | None,
     device: str = "cpu",
+    *,
+    site: str | None = None,
+    strict: bool = True,
 ) -> tuple[Artifact, Recommender, Interactions]:
     """An artifact, the model that it belongs to, and the data, read as the artifact recorded.
 
     A checkpoint that holds no ids has those that the artifact was made with. A path or function
-    that the artifact merely records is shown, never opened or imported.
+    that the artifact merely records is shown, never opened or imported. With `strict` off another
+    model passes, and how well the SAE of `site` fits it is noted.
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
+    from steerrec.untrusted import printable
 
     artifact = load_artifact(path)
+    artifact.at(site)  # before the model is opened
     if model is None:
-        recorded = artifact.base_model.get("source")
+        recorded = printable(str(artifact.base_model.get("source")), limit=1000)
         raise ArtifactError(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
             f"word; give it with --model {recorded}"
@@ -252,8 +274,33 @@ def open_artifact(
     rec, interactions = open_model(
         model, read, item_map, device, recorded=artifact.data, items=artifact.items
     )
-    artifact.check(rec)
+    artifact.check(rec, strict=strict)
+    if not strict and (differing := artifact.differences(rec)):
+        fit = artifact.measure_fit(rec, split_for(rec, interactions).train, site=site)
+        note(f"{path} was made for another model (other {' and '.join(differing)}): {fit}")
     return artifact, rec, interactions
+
+
+def adds_to(output: Path, force: bool) -> bool:
+    """Whether an SAE for OUTPUT joins the artifact that is there; refuses anything else there."""
+    if not force and _kind(output) == "ARTIFACT folder":
+        return True
+    refuse_existing(output, force, kind="ARTIFACT folder")
+    return False
+
+
+def refuse_held(output: Path, rec: Recommender, site: Site) -> None:
+    """Refuse before anything is computed if the artifact cannot take an SAE for this site."""
+    from steerrec.artifacts import load_artifact
+    from steerrec.errors import StorageError
+
+    artifact = load_artifact(output)
+    if any(here.site == site for here in artifact.sites.values()):
+        raise StorageError(
+            f"{output} exists and holds an SAE at {site.name}; choose another layer, another name, "
+            "or replace the whole artifact with --force"
+        )
+    artifact.check(rec)
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

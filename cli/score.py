@@ -25,7 +25,8 @@ def score(
         int, typer.Option("--users", min=2, help="Synthetic users of each group.")
     ] = 8192,
     top: Annotated[int, typer.Option("--top", min=1, help="Neurons to show.")] = 10,
-    layer: opt.Layer = None,
+    site: opt.SiteName = None,
+    strict: opt.Strict = True,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
@@ -42,6 +43,7 @@ def score(
     from steerrec.attribution import score_neurons
     from steerrec.errors import DataError
     from steerrec.profiles import popularity_contrast
+    from steerrec.recommender import fingerprint
 
     if contrast != "popularity":
         raise DataError(f"unknown contrast {contrast!r}; expected popularity")
@@ -56,8 +58,10 @@ def score(
         dedup=dedup,
         format=format,
     )
-    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
-    here = opened.at(layer)
+    opened, rec, interactions = opt.open_artifact(
+        artifact, model, read, item_map, device, site=site, strict=strict
+    )
+    here = opened.at(site)
     split = opt.split_for(rec, interactions)
     table = score_neurons(
         rec,
@@ -68,6 +72,8 @@ def score(
         users=users,
         seed=seed,
     )
+    if not strict:
+        table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
     file = save_table(artifact, here.site, table)
     if json_output:
         opt.print_json(

@@ -85,7 +85,8 @@ def steer(
     alphas: Annotated[
         str | None, typer.Option("--alphas", help="Strengths for --sweep, such as 0.5,1,2.")
     ] = None,
-    layer: opt.Layer = None,
+    site: opt.SiteName = None,
+    strict: opt.Strict = True,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
@@ -127,9 +128,11 @@ def steer(
         dedup=dedup,
         format=format,
     )
-    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
+    opened, rec, interactions = opt.open_artifact(
+        artifact, model, read, item_map, device, site=site, strict=strict
+    )
     opt.check_k(k, rec)
-    here = opened.at(layer)
+    here = opened.at(site)
     if recipe:
         steering = here.recipe(recipe)
     else:

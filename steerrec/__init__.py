@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.hooks import edit as edit
+    from steerrec.importing import import_sae as import_sae
     from steerrec.layers import layer_report as layer_report
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
@@ -83,6 +84,7 @@ _HOME = {
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
+    "import_sae": "importing",
     "layer_report": "layers",
     "leave_one_out": "data",
     "load_artifact": "artifacts",

@@ -1,98 +1,72 @@
 """Artifacts on disk: SAEs, attribution tables and steering recipes of one base model, in a folder.
 
 Everything read is checked before use: format version, names, shapes, dtypes, finiteness, and that
-the artifact belongs to the model it is used with. Tensors are safetensors, the rest is JSON.
+the artifact belongs to the model it is used with. Tensors are safetensors, the rest is JSON. The
+files of a site are in `artifact_site`.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import logging
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from steerrec.artifact_fit import Fit, measure_fit
+from steerrec.artifact_record import FORMAT_VERSION, KNOWN, minor, read_record, versions
+from steerrec.artifact_site import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    SiteArtifact,
+    plain_name,
+    read_entry,
+    read_site,
+    without,
+    write_recipe,
+    write_site,
+    write_table,
+)
+from steerrec.attachment import count_firings
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Catalogue
-from steerrec.errors import ArtifactError, DataError, SiteError
-from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
+from steerrec.data import Catalogue, Histories
+from steerrec.errors import ArtifactError, ArtifactWarning, DataError, SiteError
+from steerrec.files import atomic_folder, recover_folder, write_json
 from steerrec.recommender import Recommender, fingerprint
-from steerrec.sites import Site
+from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
+from steerrec.untrusted import json_able, open_inside, read_json, shown
 
-FORMAT_VERSION = 1
-RECORD = "steerrec.json"
-WEIGHTS = "sae_weights.safetensors"
-CONFIG = "cfg.json"
+__all__ = [
+    "CONFIG",
+    "FORMAT_VERSION",
+    "RECORD",
+    "WEIGHTS",
+    "Artifact",
+    "Fit",
+    "SiteArtifact",
+    "load_artifact",
+    "save_site",
+    "save_steering",
+    "save_table",
+]
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 CATALOGUE = "catalogue.parquet"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_NEEDED_COLUMNS = ("cohens_d", "std_a", "std_b")
-_MAX_HEADER = 25_000_000
-_PACKAGES = ("steerrec", "torch", "transformers", "safetensors", "numpy", "polars")
-
-
-@dataclass
-class SiteArtifact:
-    """What an artifact holds for one site.
-
-    Attributes
-    ----------
-    site
-        Where the SAE belongs.
-    sae
-        The SAE.
-    training
-        JSON-able summary of how it was trained and how well it reconstructs.
-    tables
-        Attribution tables by contrast.
-    steerings
-        Steering recipes by name.
-    """
-
-    site: Site
-    sae: SparseAutoencoder
-    training: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, AttributionTable] = field(default_factory=dict)
-    steerings: dict[str, Steering] = field(default_factory=dict)
-
-    def table(self, contrast: str) -> AttributionTable:
-        """The attribution table of a contrast.
-
-        Raises
-        ------
-        ArtifactError
-            If there is none; the message lists those that there are.
-        """
-        if contrast not in self.tables:
-            there = ", ".join(self.tables) or "none yet"
-            raise ArtifactError(
-                f"no attribution table for contrast {contrast!r} (there: {there}); make it with "
-                "`steerrec score`"
-            )
-        return self.tables[contrast]
-
-    def recipe(self, name: str) -> Steering:
-        """The steering recipe of this name.
-
-        Raises
-        ------
-        ArtifactError
-            If there is none; the message lists those that there are.
-        """
-        if name not in self.steerings:
-            there = ", ".join(self.steerings) or "none yet"
-            raise ArtifactError(
-                f"no steering recipe {name!r} (there: {there}); save one with "
-                "`steerrec steer --save NAME`"
-            )
-        return self.steerings[name]
+_COMPARED = {
+    "class": "class",
+    "width": "width",
+    "items": "number of items",
+    "model_sha256": "weights",
+    "config_sha256": "configuration",
+}
+_LATER = "config_sha256"  # artifacts from before it was recorded do without
 
 
 @dataclass
@@ -109,12 +83,15 @@ class Artifact:
         How the interactions were read, the default of later commands.
     items
         The catalogue, where the base model is a checkpoint that does not hold its items.
+    unknown
+        Keys of the record that a newer steerrec wrote; kept when saved.
     """
 
     base_model: dict[str, Any]
     sites: dict[str, SiteArtifact]
     data: dict[str, Any] = field(default_factory=dict)
     items: Catalogue | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -133,15 +110,55 @@ class Artifact:
         here = SiteArtifact(site, sae, dict(training or {}))
         return cls(base, {site.folder: here}, dict(data or {}), items)
 
-    def at(self, path: str | None = None) -> SiteArtifact:
-        """The site with this module path; the only one there is by default."""
-        found = [s for s in self.sites.values() if path in (None, s.site.path)]
-        if len(found) != 1:
-            there = ", ".join(s.site.path for s in self.sites.values())
-            raise ArtifactError(
-                f"{len(found)} sites match {path!r}; this artifact has {there}; name one of them"
-            )
-        return found[0]
+    def add(
+        self,
+        rec: Recommender,
+        sae: SparseAutoencoder,
+        *,
+        site: Site | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> SiteArtifact:
+        """Add an SAE for another site of the same model.
+
+        Raises
+        ------
+        ArtifactError
+            If the artifact is of another model, or has an SAE for this site.
+        """
+        site = site or rec.site
+        self.refuse_site(site)
+        self.check(rec)
+        here = SiteArtifact(site, sae, dict(training or {}))
+        self.base_model["fingerprint"][site.folder] = fingerprint(rec, site)
+        self.sites[site.folder] = here
+        return here
+
+    def refuse_site(self, site: Site) -> None:
+        """Raise ArtifactError if there is an SAE for this site already."""
+        if site.folder in self.sites or any(here.site == site for here in self.sites.values()):
+            raise ArtifactError(f"the artifact already holds an SAE at {site.name}")
+
+    def at(self, name: str | None = None) -> SiteArtifact:
+        """The site with this module path or folder name; the only one there is by default.
+
+        Raises
+        ------
+        ArtifactError
+            If there is none, or several; the message lists those that there are.
+        """
+        found = [
+            here for folder, here in self.sites.items() if name in (None, folder, here.site.path)
+        ]
+        if len(found) == 1:
+            return found[0]
+        there = ", ".join(f"{here.site.name} ({folder})" for folder, here in self.sites.items())
+        if not found:
+            raise ArtifactError(f"the artifact has no site {name!r}; it has {there}")
+        at = "" if name is None else f" at {name!r}"
+        raise ArtifactError(
+            f"the artifact has {len(found)} sites{at}; choose one by path or by folder (--site): "
+            f"{there}"
+        )
 
     def transform(
         self,
@@ -160,57 +177,86 @@ class Artifact:
             steering = here.recipe(steering)
         return SteerTransform(here.sae, steering or Steering.popsteer(here.table(contrast)))
 
+    def differences(self, rec: Recommender) -> list[str]:
+        """In what a model differs from the one that the artifact was made for; empty if in nothing.
+
+        Compared are class, width, number of items, configuration and all weights; not versions
+        of packages.
+        """
+        found = fingerprint(rec)
+        recorded = self.base_model["fingerprint"].values()
+        return [
+            word
+            for key, word in _COMPARED.items()
+            if any(mark.get(key) != found[key] for mark in recorded if key in mark or key != _LATER)
+        ]
+
     def check(self, rec: Recommender, *, strict: bool = True) -> None:
         """Raise ArtifactError unless the artifact was made for this very model.
 
-        With ``strict=False`` only the widths must fit.
+        With ``strict=False`` it is enough that every site is there and gives vectors of the width
+        that its SAE reads, for which one short history is scored.
         """
         for folder, here in self.sites.items():
-            recorded = self.base_model["fingerprint"][folder]
+            made_for = _description(self.base_model["fingerprint"][folder])
             try:
-                found = fingerprint(rec, here.site)
+                get_module(rec.model, here.site.path)
+                if not strict:
+                    count_firings(rec, here.site, width=here.sae.d_in)
             except SiteError as error:
-                raise ArtifactError(
-                    f"the artifact was made for a {recorded.get('class')}: {error}"
-                ) from error
-            for key in ("class", "width", "items", "model_sha256", "config_sha256"):
-                if recorded.get(key) == found[key] or (not strict and key != "width"):
-                    continue
-                if key == "config_sha256" and key not in recorded:  # from before it was recorded
-                    continue
-                raise ArtifactError(
-                    f"the artifact was made for a {recorded.get('class')} "
-                    f"({_short(recorded.get(key))}), this is a {found['class']} "
-                    f"({_short(found[key])}): {key} differs; use the model that it was made for, "
-                    "or load with strict=False to go on anyway"
-                )
-        if strict and self.items is not None and not _same_ids(self.items, rec.catalogue):
+                raise ArtifactError(f"the artifact was made for {made_for}: {error}") from error
+        differing = self.differences(rec) if strict else []
+        if differing:
+            raise ArtifactError(
+                f"the artifact was made for {made_for}, this is {_description(fingerprint(rec))}: "
+                f"other {' and '.join(differing)}; use the model that it was made for, continue "
+                "its SAE on this one (attach --warm-start), or go on anyway with strict=False "
+                "(--no-strict)"
+            )
+        held = self.items
+        if strict and held is not None and not held.item_ids.equals(rec.catalogue.item_ids):
             raise ArtifactError(
                 "the artifact was made for a model whose items have other ids, or are in another "
                 "order; leave out --item-map, or give the one that it was made with"
             )
 
+    def measure_fit(
+        self, rec: Recommender, histories: Histories, *, site: str | None = None
+    ) -> Fit:
+        """How well the SAE of a site reconstructs the user vectors of a model.
+
+        See `Fit` for what is measured and the rule by which it fits.
+        """
+        here = self.at(site)
+        return measure_fit(rec, histories, here)
+
     def save(self, path: str | Path) -> None:
         """Write the whole artifact; an existing one at `path` is replaced, never mixed with."""
         with atomic_folder(path) as folder:
-            write_json(folder / RECORD, self._record())
+            self._write_record(folder)
             if self.items is not None:
                 self.items.write(folder / CATALOGUE)
-            (folder / "README.md").write_text(self._card(), encoding="utf-8")
+            (folder / CARD).write_text(self._card(), encoding="utf-8")
             for name, here in self.sites.items():
-                _write_site(folder / name, here, self.base_model)
+                write_site(folder / plain_name(name, "site folder"), here, self._source())
 
-    def _record(self) -> dict[str, Any]:
-        return {
+    def _write_record(self, folder: Path) -> None:
+        record = {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
             "data": self.data,
             "sites": {
                 name: {"site": here.site.to_dict(), "training": here.training}
+                | here.unknown.get(RECORD, {})
                 for name, here in self.sites.items()
             },
-            "versions": _versions(),
+            "versions": versions(),
         }
+        write_json(folder / RECORD, json_able(record | self.unknown))
+        read_json(folder / RECORD, folder)  # what could not be read again is not left there
+
+    def _source(self) -> object:
+        return self.base_model.get("source")
 
     def _card(self) -> str:
         lines = [
@@ -221,13 +267,14 @@ class Artifact:
             "",
             "# Sparse autoencoder for a sequential recommender",
             "",
-            "Base model: {adapter} `{source}`.".format(**self.base_model),
+            f"Base model: {self.base_model.get('adapter')} `{self._source()}`.",
             "",
             "| site | latents | k | FVU | L0 | dead share |",
             "|---|---|---|---|---|---|",
         ]
         for here in self.sites.values():
-            found = here.training.get("reconstruction", {})
+            found = here.training.get("reconstruction")
+            found = found if isinstance(found, dict) else {}
             numbers = " | ".join(_number(found.get(key)) for key in ("fvu", "l0", "dead_share"))
             lines.append(f"| `{here.site.path}` | {here.sae.d_sae} | {here.sae.k} | {numbers} |")
         load = [
@@ -244,7 +291,12 @@ class Artifact:
 
 
 def load_artifact(
-    path: str | Path, *, rec: Recommender | None = None, strict: bool = True
+    path: str | Path,
+    *,
+    rec: Recommender | None = None,
+    strict: bool = True,
+    histories: Histories | None = None,
+    root: str | Path | None = None,
 ) -> Artifact:
     """Read an artifact folder, checking everything in it.
 
@@ -256,246 +308,140 @@ def load_artifact(
         The model that it is to be used with; its fingerprint is compared.
     strict
         Whether another model than the recorded one is an error.
+    histories
+        With ``strict=False``, training histories: on another model the FVU of every SAE is then
+        measured, with a warning where it no longer fits (`Fit`).
+    root
+        Where files that are links may lead; the folder itself by default. The Hub's cache keeps
+        files as links to others beside the folder.
 
     Raises
     ------
     ArtifactError
         If a file is missing or damaged, or the artifact belongs to another model.
+
+    Warns
+    -----
+    ArtifactWarning
+        If a newer steerrec wrote what this one does not know (it is kept by `Artifact.save`), or
+        an SAE no longer fits.
     """
     folder = Path(path)
     recover_folder(folder)
-    record = _read_json(folder / RECORD)
-    found = record.get("format_version")
-    if "format_version" not in record:
-        raise ArtifactError(
-            f"{folder} is not an artifact (its {RECORD} has no format version); expected a folder "
-            "written by `steerrec attach`"
-        )
-    if found != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} has format version {found!r}; this steerrec reads {FORMAT_VERSION}: "
-            "upgrade steerrec"
-        )
-    try:
-        sites = {name: _read_site(folder, name, entry) for name, entry in record["sites"].items()}
-        data, items = record.get("data", {}), _read_catalogue(folder / CATALOGUE)
-        artifact = Artifact(record["base_model"], sites, data, items)
-        missing = set(sites) - set(artifact.base_model["fingerprint"])
-    except (KeyError, TypeError, AttributeError, SiteError) as error:
-        raise ArtifactError(f"{folder / RECORD} is not complete: {error!r}") from error
-    if missing or not sites:
-        raise ArtifactError(f"{folder / RECORD} names no site, or one without a fingerprint")
-    if rec is not None:
-        artifact.check(rec, strict=strict)
+    artifact, newer = _read(folder, Path(root or path))
+    if newer:
+        warnings.warn(newer, ArtifactWarning, stacklevel=2)
+    if rec is None:
+        return artifact
+    artifact.check(rec, strict=strict)
+    if not strict and histories is not None and artifact.differences(rec):
+        for name, here in artifact.sites.items():
+            fit = measure_fit(rec, histories, here)
+            if not fit.fits:
+                warnings.warn(f"the SAE at {here.site.name}: {fit}", ArtifactWarning, stacklevel=2)
+            logger.info("the SAE in %s: %s", name, fit)
     return artifact
 
 
-def save_table(path: str | Path, site: Site, table: AttributionTable) -> Path:
-    """Add an attribution table to an artifact on disk, or replace the one of its contrast."""
-    file = _part(_site_folder(path, site, len(table)), "attribution", table.name)
-    return _write_table(file, table)
+def _read(folder: Path, root: Path) -> tuple[Artifact, str]:
+    """The artifact, and what is to be said of what a newer steerrec wrote."""
+    record = read_record(folder, root)
+    marks = record["base_model"]["fingerprint"]
+    sites = {name: read_site(folder / name, root, entry) for name, entry in record["sites"].items()}
+    for name, here in sites.items():
+        if marks[name].get("site", here.site.path) != here.site.path:
+            raise ArtifactError(
+                f"{folder / RECORD}: site folder {name!r} is at {here.site.name}, its fingerprint "
+                f"at {shown(marks[name]['site'])}"
+            )
+    artifact = Artifact(
+        record["base_model"],
+        sites,
+        record.get("data", {}),
+        _read_catalogue(folder, root),
+        without(record, KNOWN),
+    )
+    unknown = [f"{shown(key)} in {RECORD}" for key in artifact.unknown]
+    for here in sites.values():
+        unknown += here.passed_over()
+    newer = []
+    if minor(record["format_version"]) > minor(FORMAT_VERSION):
+        newer.append(f"its format {record['format_version']} is newer than {FORMAT_VERSION}")
+    if unknown:
+        newer.append(f"not known here, passed over, and kept when saved: {', '.join(unknown)}")
+    return artifact, f"{folder}: {'; '.join(newer)}" if newer else ""
 
 
-def save_steering(path: str | Path, site: Site, steering: Steering) -> Path:
-    """Add a steering recipe to an artifact on disk, or replace the one of its name."""
-    file = _part(_site_folder(path, site, len(steering.shift)), "steering", steering.name)
-    return _write_steering(file, steering)
-
-
-def _site_folder(path: str | Path, site: Site, latents: int) -> Path:
-    """Where an artifact on disk holds an SAE of so many latents for the site."""
-    folder = Path(path) / site.folder
-    found = _read_json(folder / CONFIG).get("d_sae")
-    if found != latents:
-        raise ArtifactError(
-            f"{folder} holds an SAE of {found} latents; what is to be added is for {latents}"
-        )
-    return folder
-
-
-def _part(folder: Path, kind: str, name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise ArtifactError(
-            f"{name!r} cannot be a file name; expected letters, digits, dots, dashes, underscores"
-        )
-    return folder / kind / f"{name}.safetensors"
-
-
-def _write_site(folder: Path, here: SiteArtifact, base_model: Mapping[str, Any]) -> None:
-    metadata = {"model_name": base_model.get("source"), "hook_name": here.site.path}
-    write_json(folder / CONFIG, {**here.sae.config(), "metadata": metadata})
-    weights = here.sae.state_dict()
-    save_file({k: v.float().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
-    for table in here.tables.values():
-        _write_table(_part(folder, "attribution", table.name), table)
-    for steering in here.steerings.values():
-        _write_steering(_part(folder, "steering", steering.name), steering)
-
-
-def _write_table(file: Path, table: AttributionTable) -> Path:
-    # one key: safetensors writes several in no fixed order, and equal tables should be equal files
-    metadata = {"table": json.dumps({"contrast": table.contrast, "provenance": table.provenance})}
-    columns = {name: values.float().contiguous() for name, values in table.columns.items()}
-    with atomic_file(file) as temporary:
-        save_file(columns, temporary, metadata)
-    return file
-
-
-def _write_steering(file: Path, steering: Steering) -> Path:
-    recipe = {
-        "operation": "shift",
-        "alpha": steering.alpha,
-        "splice": steering.splice,
-        "name": steering.name,
-        "provenance": dict(steering.provenance),
-    }
-    shift = steering.shift.float().contiguous()
-    with atomic_file(file) as temporary:
-        save_file({"shift": shift}, temporary, {"steering": json.dumps(recipe)})
-    return file
-
-
-def _read_catalogue(file: Path) -> Catalogue | None:
+def _read_catalogue(folder: Path, root: Path) -> Catalogue | None:
+    file = folder / CATALOGUE
+    if not file.is_symlink() and not file.exists():
+        return None
+    open_inside(file, root).close()
     try:
-        return Catalogue.read(file) if file.is_file() else None
+        return Catalogue.read(file)
     except DataError as error:
         raise ArtifactError(str(error)) from error
 
 
-def _same_ids(one: Catalogue, other: Catalogue) -> bool:
-    return one.item_ids.equals(other.item_ids)
+def save_table(path: str | Path, site: Site, table: AttributionTable) -> Path:
+    """Add an attribution table to an artifact on disk, or replace the one of its contrast."""
+    return write_table(_site_folder(path, site, len(table)), table)
 
 
-def _read_site(folder: Path, name: str, entry: Mapping[str, Any]) -> SiteArtifact:
-    if not _NAME.fullmatch(name):
-        raise ArtifactError(f"{folder / RECORD} names a site folder {name!r}; not a plain name")
-    here = folder / name
-    config = _read_json(here / CONFIG)
-    if config.get("architecture") != "topk" or config.get("dtype") != "float32":
-        kind = f"{config.get('dtype')} {config.get('architecture')!r}"
-        raise ArtifactError(f"{here / CONFIG} describes a {kind} SAE; expected a float32 topk one")
-    d_in, d_sae, k = (_positive(config, key, here) for key in ("d_in", "d_sae", "k"))
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    weights, _ = _read_tensors(here / WEIGHTS, shapes)
-    if k > d_sae:
-        raise ArtifactError(f"{here / CONFIG}: k is {k}, more than the {d_sae} latents")
-    sae = SparseAutoencoder(d_in, d_sae, k)
-    sae.load_state_dict(weights)
-    sae.requires_grad_(False)
-    site = SiteArtifact(Site.from_dict(entry["site"]), sae, dict(entry.get("training", {})))
-    for file in sorted((here / "attribution").glob("*.safetensors")):
-        table = _read_table(file, d_sae)
-        site.tables[table.name] = table
-    for file in sorted((here / "steering").glob("*.safetensors")):
-        steering = _read_steering(file, d_sae)
-        site.steerings[steering.name] = steering
-    return site
+def save_steering(path: str | Path, site: Site, steering: Steering) -> Path:
+    """Add a steering recipe to an artifact on disk, or replace the one of its name."""
+    return write_recipe(_site_folder(path, site, len(steering.shift)), steering)
 
 
-def _read_table(file: Path, d_sae: int) -> AttributionTable:
-    columns, metadata = _read_tensors(
-        file, dict.fromkeys(_NEEDED_COLUMNS, (d_sae,)), others=(d_sae,)
-    )
-    try:
-        made = json.loads(metadata["table"])
-        table = AttributionTable(columns, made["contrast"], made["provenance"])
-        if table.name != file.stem:
-            raise ArtifactError(f"{file} holds the table of contrast {table.name!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{file} does not say which contrast it is of: {error!r}") from error
-    return table
+def save_site(
+    path: str | Path,
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    *,
+    site: Site | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an SAE for another site of the same model to an artifact on disk.
 
-
-def _read_steering(file: Path, d_sae: int) -> Steering:
-    tensors, metadata = _read_tensors(file, {"shift": (d_sae,)})
-    try:
-        recipe = json.loads(metadata["steering"])
-        if recipe["operation"] != "shift":
-            raise ArtifactError(
-                f"{file} uses operation {recipe['operation']!r}, which this steerrec does not "
-                "know: upgrade steerrec"
-            )
-        return Steering(
-            tensors["shift"],
-            alpha=float(recipe["alpha"]),
-            splice=recipe["splice"],
-            name=file.stem,
-            provenance=recipe["provenance"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{file} is not a steering recipe: {error!r}") from error
-
-
-def _read_tensors(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], others: tuple[int, ...] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Float32 tensors of exactly these names and shapes, and the metadata.
-
-    With `others`, further tensors of that shape are welcome.
+    Everything else in the folder stays, a card that was edited by hand included; see
+    `Artifact.add`.
     """
-    try:
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-        if header > _MAX_HEADER:
-            raise ArtifactError(f"{file} has a header of {header} bytes; not an artifact's file")
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            metadata = opened.metadata() or {}
-            found = {name: _shape_and_dtype(opened, name) for name in names}
-            for name in (*shapes, *names):
-                shape, here = shapes.get(name, others), found.get(name, "missing")
-                expected = f"float32 of shape {shape}" if shape else "no such tensor"
-                if here != expected:
-                    raise ArtifactError(f"{file}: tensor {name!r} is {here}; expected {expected}")
-            tensors = {name: opened.get_tensor(name).clone() for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}") from error
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ArtifactError(f"{file}: tensor {name!r} has values that are not finite")
-    return tensors, metadata
+    artifact = load_artifact(path)
+    card = artifact._card()
+    site = site or rec.site
+    here = artifact.add(rec, sae, site=site, training=training)
+    with atomic_folder(path) as folder:
+        shutil.copytree(Path(path).resolve(), folder, symlinks=True, dirs_exist_ok=True)
+        if (folder / CARD).is_file() and (folder / CARD).read_bytes() == card.encode():
+            (folder / CARD).write_text(artifact._card(), encoding="utf-8")
+        write_site(folder / site.folder, here, artifact._source())
+        artifact._write_record(folder)
 
 
-def _shape_and_dtype(opened: Any, name: str) -> str:
-    part = opened.get_slice(name)
-    dtype = {"F32": "float32"}.get(part.get_dtype(), part.get_dtype())
-    return f"{dtype} of shape {tuple(part.get_shape())}"
-
-
-def _positive(config: Mapping[str, Any], key: str, folder: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArtifactError(f"{folder / CONFIG}: {key} is {value!r}; expected a positive integer")
-    return value
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"{file} does not exist; expected an artifact folder written by `steerrec attach`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{file} is not a JSON object")
-    return value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
+def _site_folder(path: str | Path, site: Site, latents: int) -> Path:
+    """Where an artifact on disk holds an SAE of so many latents for the site."""
+    folder = Path(path)
+    name: str
+    for name, entry in read_record(folder, folder)["sites"].items():
+        if read_entry(folder / name, entry)[0] != site:
             continue
-    return found
+        found = read_json(folder / name / CONFIG, folder).get("d_sae")
+        if found != latents:
+            raise ArtifactError(
+                f"{folder / name} holds an SAE of {found} latents; what is to be added is for "
+                f"{latents}"
+            )
+        return folder / name
+    raise ArtifactError(f"{folder} holds no SAE at {site.name}")
+
+
+def _description(mark: Mapping[str, Any]) -> str:
+    """A model in a few words, from its fingerprint."""
+    return (
+        f"a {str(mark.get('class'))[:80]} of width {mark.get('width')} with {mark.get('items')} "
+        f"items and weights {str(mark.get('model_sha256'))[:12]}"
+    )
 
 
 def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float | int) else "–"
-
-
-def _short(value: object) -> str:
-    return str(value)[:12]

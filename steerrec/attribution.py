@@ -34,11 +34,14 @@ class AttributionTable:
         `Contrast.describe()` of the contrast.
     provenance
         Numbers of users, seed, window: what it takes to make the table again.
+    unknown
+        What a newer steerrec stored with it, which an artifact keeps.
     """
 
     columns: Mapping[str, Tensor]
     contrast: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.columns["cohens_d"])

@@ -5,6 +5,7 @@ Training it is in `training`, editing its pre-activations in `steering`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,16 +74,41 @@ class SparseAutoencoder(nn.Module):
         self, d_in: int, d_sae: int, k: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        if not 0 < k <= d_sae:
-            raise ValueError(f"k is {k}; expected between 1 and the number of latents, {d_sae}")
-        self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        # a generator of its own: opening an artifact must not move the caller's random stream
+        self.d_in, self.d_sae = d_in, d_sae
+        self._set_k(k)
+        # a generator of its own: making an SAE must not move the caller's random stream
         generator = generator or torch.Generator().manual_seed(0)
         directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(directions)
         self.W_enc = nn.Parameter(directions.T.clone(memory_format=torch.contiguous_format))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], k: int) -> SparseAutoencoder:
+        """The frozen SAE of these very tensors: nothing is drawn, copied or cast.
+
+        Parameters
+        ----------
+        weights
+            `W_enc` [d_in, d_sae], `b_enc` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in].
+        k
+            How many latents are active at once.
+        """
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)
+        sae.d_in, sae.d_sae = weights["W_enc"].shape
+        sae._set_k(k)
+        for name in ("W_dec", "W_enc", "b_enc", "b_dec"):
+            sae.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
+        return sae
+
+    def _set_k(self, k: int) -> None:
+        if not 0 < k <= self.d_sae:
+            raise ValueError(
+                f"k is {k}; expected between 1 and the number of latents, {self.d_sae}"
+            )
+        self.k = k
 
     def pre_acts(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Pre-activations [B, d_sae] of `x` [B, d_in].
@@ -131,12 +157,13 @@ class SparseAutoencoder(nn.Module):
         Its reconstruction is ``scale * x_hat + mean``. Latents and their order are unchanged, so
         decoder rows get length `scale` and must not be re-normalised.
         """
-        folded = SparseAutoencoder(self.d_in, self.d_sae, self.k)
-        folded.W_enc.copy_(self.W_enc / scale)
-        folded.b_enc.copy_(self.b_enc)
-        folded.W_dec.copy_(self.W_dec * scale)
-        folded.b_dec.copy_(self.b_dec * scale + mean)
-        return folded.to(self.W_enc.device)
+        weights = {
+            "W_enc": self.W_enc / scale,
+            "b_enc": self.b_enc.clone(),
+            "W_dec": self.W_dec * scale,
+            "b_dec": self.b_dec * scale + mean,
+        }
+        return SparseAutoencoder.from_weights(weights, self.k)
 
     def config(self) -> dict[str, Any]:
         """The SAELens-compatible `cfg.json` of this SAE, less its metadata."""
@@ -145,7 +172,7 @@ class SparseAutoencoder(nn.Module):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "k": self.k,
-            "dtype": "float32",
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": True,
             "normalize_activations": "none",

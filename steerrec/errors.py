@@ -39,3 +39,7 @@ class ArtifactError(SteerrecError):
 
 class StorageError(SteerrecError):
     """A file cannot be written: no space, no permission, or something else is in its place."""
+
+
+class ArtifactWarning(UserWarning):
+    """Something in an artifact is not understood and passed over, or may not fit its model."""

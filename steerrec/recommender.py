@@ -166,25 +166,27 @@ def user_vectors(rec: Recommender, histories: Histories, site: Site | None = Non
     return vectors
 
 
-def fingerprint(rec: Recommender, site: Site) -> dict[str, Any]:
-    """What an SAE depends on in a model: its class, configuration, shapes and weights.
+def fingerprint(rec: Recommender, site: Site | None = None) -> dict[str, Any]:
+    """What an SAE depends on in a model: class, configuration, shapes, weights; those at a site.
 
     Two models with equal fingerprints give the same user vectors at `site` up to the layers
     below it and score them alike; an artifact records it and checks it on load.
     """
     head = rec.item_head
     config = json.dumps(rec.describe().get("config"), sort_keys=True)
-    return {
+    mark = {
         "class": type(rec.model).__name__,
-        "site": site.path,
         "width": head.width,
         "items": len(head),
         "parameters": sum(p.numel() for p in rec.model.parameters()),
         "item_matrix_sha256": _digest({"weight": head.weight}),
-        "site_sha256": _digest(dict(get_module(rec.model, site.path).state_dict())),
         "model_sha256": _digest(dict(rec.model.state_dict())),
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
     }
+    if site is not None:
+        module = get_module(rec.model, site.path)
+        mark |= {"site": site.path, "site_sha256": _digest(dict(module.state_dict()))}
+    return mark
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

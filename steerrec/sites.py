@@ -238,7 +238,7 @@ class Site:
     @property
     def folder(self) -> str:
         """A folder name of its own for this site: slug of the path and a hash of the rest."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", self.path).strip("-") or "site"
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", self.path)[:80].strip("-") or "site"
         text = json.dumps(self.to_dict(), sort_keys=True)
         return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

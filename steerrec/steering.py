@@ -45,6 +45,8 @@ class Steering:
         What an artifact calls it.
     provenance
         Rule and settings that made it, JSON-able.
+    unknown
+        What a newer steerrec stored with it, which an artifact keeps.
     """
 
     shift: Tensor
@@ -52,6 +54,7 @@ class Steering:
     splice: Splice = "delta"
     name: str = "steering"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.splice not in get_args(Splice):

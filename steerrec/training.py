@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import tempfile
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
+from steerrec.attachment import count_firings
 from steerrec.autoencoder import (
     Latents,
     Reconstruction,
@@ -71,6 +73,11 @@ class SAETraining:
                 f"k is {self.k}; expected between 1 and the number of latents, {self.latents}"
             )
 
+    @classmethod
+    def going_on(cls, sae: SparseAutoencoder) -> SAETraining:
+        """A short run that goes on from a trained SAE: a sixth of the epochs of a fresh one."""
+        return cls(latents=sae.d_sae, k=sae.k, epochs=5)
+
 
 def auxiliary_loss(
     sae: SparseAutoencoder, x: Tensor, out: Reconstruction, dead: Tensor, aux_k: int
@@ -103,7 +110,12 @@ def auxiliary_loss(
 
 
 def train_autoencoder(
-    shards: ActivationShards, training: SAETraining, *, work: str | Path, device: str = "cpu"
+    shards: ActivationShards,
+    training: SAETraining,
+    *,
+    work: str | Path,
+    device: str = "cpu",
+    warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Train an SAE from shards, with a true shuffle over all rows and a checkpoint each epoch.
 
@@ -121,6 +133,8 @@ def train_autoencoder(
         the very weights of an uninterrupted run.
     device
         Where to train.
+    warm_start
+        An SAE of raw activations to go on from; by default decoder rows begin at random.
 
     Returns
     -------
@@ -130,9 +144,10 @@ def train_autoencoder(
     Raises
     ------
     TrainingError
-        If a checkpoint of other settings is in the way, or the loss is not finite.
+        If a checkpoint of other settings is in the way, the loss is not finite, or the SAE to
+        start from is of another size.
     """
-    run = _Run(shards, training, Path(work), torch.device(device))
+    run = _Run(shards, training, Path(work), torch.device(device), warm_start)
     run.resume()
     bar = track(range(run.epoch, training.epochs), "SAE epochs", unit="epoch")
     for _ in bar:
@@ -149,7 +164,12 @@ class _Run:
     """The state of one training run between epochs."""
 
     def __init__(
-        self, shards: ActivationShards, training: SAETraining, work: Path, device: torch.device
+        self,
+        shards: ActivationShards,
+        training: SAETraining,
+        work: Path,
+        device: torch.device,
+        warm_start: SparseAutoencoder | None = None,
     ) -> None:
         if len(shards) < training.batch_size // 8 or len(shards) < 2:
             raise TrainingError(
@@ -158,11 +178,16 @@ class _Run:
             )
         self.shards, self.training, self.device = shards, training, device
         self.mean, self.scale = _normalisation(shards)
-        generator = torch.Generator().manual_seed(training.seed)
-        self.sae = SparseAutoencoder(
-            shards.width, training.latents, training.k, generator=generator
-        ).to(device)
-        self.match_length(generator)
+        if warm_start is None:
+            generator = torch.Generator().manual_seed(training.seed)
+            self.sae = SparseAutoencoder(
+                shards.width, training.latents, training.k, generator=generator
+            ).to(device)
+            self.match_length(generator)
+        else:
+            _check_size(warm_start, shards.width, training)
+            self.sae = _trainable(warm_start, self.mean, self.scale).to(device)
+            self.recentre()
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -171,6 +196,8 @@ class _Run:
         self.log: list[dict[str, float]] = []
         self.dead_after = min(training.dead_after, len(shards))
         settings = {"training": asdict(training), "rows": len(shards), "scale": self.scale}
+        if warm_start is not None:
+            settings["warm_start"] = _digest(warm_start)
         self.checkpoint = Checkpoint(work / "checkpoint.safetensors", settings)
 
     @torch.no_grad()
@@ -180,10 +207,26 @@ class _Run:
         With many more latents than dimensions the k chosen decoder rows point much the same way,
         and an encoder equal to their transpose would overshoot several times over.
         """
-        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
-        x = (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
+        x = self.sample(generator)
         x_hat = self.sae(x).x_hat
         self.sae.W_enc.mul_((x * x_hat).sum() / x_hat.square().sum())
+
+    @torch.no_grad()
+    def recentre(self) -> None:
+        """Let `b_dec` follow the mean of the vectors, which a retrained model has moved."""
+        x = self.sample(torch.Generator().manual_seed(self.training.seed))
+        tried: list[tuple[float, int, Tensor]] = []
+        for _ in range(5):
+            x_hat = self.sae(x).x_hat
+            fvu = float(fraction_of_variance_unexplained(x, x_hat))
+            tried.append((fvu, len(tried), self.sae.b_dec.clone()))
+            self.sae.b_dec.add_((x - x_hat).mean(dim=0))
+        self.sae.b_dec.copy_(min(tried)[2])
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Some of the rows as they are trained on, [R, H]."""
+        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
+        return (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
 
     @property
     def dead(self) -> Tensor:
@@ -257,6 +300,40 @@ class _Run:
         self.epoch, self.log = state["epoch"], state["log"]
 
 
+def _check_size(sae: SparseAutoencoder, width: int, training: SAETraining) -> None:
+    found, expected = (sae.d_in, sae.d_sae, sae.k), (width, training.latents, training.k)
+    if found != expected:
+        raise TrainingError(
+            "the SAE to start from has width {}, {} latents and k {}; ".format(*found)
+            + "expected {}, {} and {}: train one from scratch".format(*expected)
+        )
+
+
+@torch.no_grad()
+def _trainable(sae: SparseAutoencoder, mean: Tensor, scale: float) -> SparseAutoencoder:
+    """A copy of an SAE of raw vectors for ``(x - mean) / scale``, with decoder rows of length 1.
+
+    It computes what the SAE computes as long as its decoder rows are all of one length; else the
+    encoder makes up for theirs, and TopK may select otherwise.
+    """
+    W_dec = sae.W_dec.float().cpu() / scale
+    length = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)  # [d_sae]
+    weights = {
+        "W_enc": sae.W_enc.float().cpu() * scale * length,
+        "b_enc": sae.b_enc.float().cpu() * length,
+        "W_dec": F.normalize(W_dec, dim=1),
+        "b_dec": (sae.b_dec.float().cpu() - mean) / scale,
+    }
+    return SparseAutoencoder.from_weights(weights, sae.k).requires_grad_(True)
+
+
+def _digest(sae: SparseAutoencoder) -> str:
+    sha = hashlib.sha256()
+    for tensor in sae.state_dict().values():
+        sha.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 @torch.no_grad()
 def _project_decoder_gradient(sae: SparseAutoencoder) -> None:
     """Take out of the gradient what would only change the length of the decoder rows."""
@@ -300,13 +377,13 @@ def reconstruction_report(
     moments = RunningMoments(sae.d_in)
     for rows in held_out.chunks():
         moments.update(held_out.gather(rows))
-    mean = moments.mean.float()
+    mean = moments.mean.to(sae.W_enc)
     alive = torch.zeros(sae.d_sae, dtype=torch.bool)
     residual = total = 0.0
     active = 0
     for shards in (held_out, seen):
         for rows in shards.chunks():
-            x = shards.gather(rows)
+            x = shards.gather(rows).to(sae.W_enc)
             out = sae(x)
             positive = out.latents.values > 0
             alive[out.latents.indices[positive]] = True
@@ -331,6 +408,7 @@ def fit_autoencoder(
     sampling: ActivationSampling | None = None,
     work: str | Path | None = None,
     device: str = "cpu",
+    warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Capture activations of a frozen recommender and train an SAE on them.
 
@@ -343,18 +421,20 @@ def fit_autoencoder(
     site
         Where to attach; the recommender's own site by default.
     training, sampling
-        Procedure, and which prefixes to learn from.
+        Procedure (from a warm start `SAETraining.going_on`), and which prefixes to learn from.
     work
         Folder for shards and checkpoint, to be continued after an interruption; a temporary one
         by default.
     device
         Where to train.
+    warm_start
+        An SAE to go on from: that of the same site before the recommender was retrained.
 
     Returns
     -------
     sae, summary
         The SAE, and a JSON-able record: settings, `log` by epoch, and `reconstruction` with FVU,
-        L0 and dead share.
+        L0 and dead share; `warm_start` has the same of the SAE that training went on from.
     """
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -366,11 +446,19 @@ def fit_autoencoder(
                 sampling=sampling,
                 work=folder,
                 device=device,
+                warm_start=warm_start,
             )
+    if warm_start is not None:
+        training = training or SAETraining.going_on(warm_start)
+        count_firings(rec, site or rec.site, width=warm_start.d_in)  # before anything is captured
     shards = Path(work) / "activations"
     capture_activations(rec, train, shards, site=site, sampling=sampling)
     seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
-    sae, summary = train_autoencoder(seen, training or SAETraining(), work=work, device=device)
+    sae, summary = train_autoencoder(
+        seen, training or SAETraining(), work=work, device=device, warm_start=warm_start
+    )
     summary["sampling"] = vars(sampling or ActivationSampling()) | {}
     summary["reconstruction"] = reconstruction_report(sae, held_out, seen)
+    if warm_start is not None:
+        summary["warm_start"] = reconstruction_report(warm_start.cpu(), held_out, seen)
     return sae, summary

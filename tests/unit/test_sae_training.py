@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from steerrec import training as module
 from steerrec.activations import ActivationSampling, ActivationShards
 from steerrec.autoencoder import SparseAutoencoder, fraction_of_variance_unexplained
-from steerrec.errors import TrainingError
+from steerrec.errors import SiteError, TrainingError
 from steerrec.training import (
     SAETraining,
     auxiliary_loss,
@@ -261,6 +261,88 @@ def test_the_seed_decides_the_first_directions_too(tmp_path, shards):
         for seed in (0, 1)
     )
     assert not torch.equal(one.sae.W_dec, other.sae.W_dec)
+
+
+# --- from a warm start
+
+
+def fvu(sae, rows):
+    return float(fraction_of_variance_unexplained(rows, sae(rows).x_hat))
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """The rows of a model that was retrained: a little turned and stretched, and moved far."""
+    rows, _ = sparse_rows()
+    turn = torch.eye(8) + 0.05 * torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+    return write_shards(tmp_path / "moved", rows=(rows - 5) @ turn * 1.1 + 4)
+
+
+def test_a_warm_start_begins_with_what_the_sae_computes_and_with_rows_of_length_1(tmp_path, shards):
+    sae, _ = train_autoencoder(shards, TRAINING, work=tmp_path / "first")
+    rows = shards.gather(np.arange(len(shards)))
+    begun = module._trainable(sae, rows.mean(dim=0), 2.5)
+    torch.testing.assert_close(begun.W_dec.norm(dim=1), torch.ones(32))
+    found, expected = begun.fold_normalisation(rows.mean(dim=0), 2.5)(rows), sae(rows)
+    torch.testing.assert_close(found.x_hat, expected.x_hat, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.latents.dense(32) > 0, expected.latents.dense(32) > 0)
+
+
+def test_a_warm_start_follows_vectors_that_were_only_moved(tmp_path, shards):
+    sae, _ = train_autoencoder(shards, replace(TRAINING, epochs=40), work=tmp_path / "first")
+    rows = shards.gather(np.arange(len(shards)))
+    moved = write_shards(tmp_path / "moved", rows=rows - 1)
+    run = module._Run(moved, TRAINING, tmp_path / "warm", torch.device("cpu"), sae)
+    begun = run.sae.fold_normalisation(run.mean, run.scale)
+    own, lost, found = fvu(sae, rows), fvu(sae, rows - 1), fvu(begun, rows - 1)
+    assert found < own + 0.3 * (lost - own)
+
+
+def test_a_warm_start_is_ahead_of_a_fresh_one_for_as_many_epochs(tmp_path, shards, moved):
+    long = replace(TRAINING, epochs=40)
+    sae, _ = train_autoencoder(shards, long, work=tmp_path / "first")
+    rows = moved.gather(np.arange(len(moved)))
+    kept = weights(sae)
+    short = replace(TRAINING, epochs=8)
+    fresh, _ = train_autoencoder(moved, short, work=tmp_path / "fresh")
+    warm, _ = train_autoencoder(moved, short, work=tmp_path / "warm", warm_start=sae)
+    assert fvu(warm, rows) < fvu(sae, rows)
+    assert fvu(warm, rows) < fvu(fresh, rows)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in sae.state_dict().items())
+
+
+def test_a_warm_start_is_short_by_default_and_reports_what_it_began_with():
+    rec, histories = random_recommender(), random_histories(users=200)
+    training = SAETraining(latents=12, k=3, epochs=6, batch_size=64)
+    sae, _ = fit_autoencoder(rec, histories, training=training)
+    warm, summary = fit_autoencoder(rec, histories, warm_start=sae)
+    assert summary["training"] | {"epochs": 5, "latents": 12, "k": 3} == summary["training"]
+    assert summary["warm_start"].keys() == summary["reconstruction"].keys()
+    assert summary["reconstruction"]["fvu"] < summary["warm_start"]["fvu"]
+    assert not equal(warm, sae)
+
+
+def test_a_warm_start_of_another_size_is_refused_before_anything_is_captured(tmp_path, shards):
+    rec, histories = random_recommender(), random_histories()
+    with pytest.raises(SiteError, match="vectors of width 4, the SAE reads 5"):
+        fit_autoencoder(rec, histories, work=tmp_path, warm_start=SparseAutoencoder(5, 8, 2))
+    assert not (tmp_path / "activations").exists()
+    message = "width 8, 16 latents and k 3; expected 8, 32 and 3"
+    with pytest.raises(TrainingError, match=message):
+        train_autoencoder(shards, TRAINING, work=tmp_path, warm_start=SparseAutoencoder(8, 16, 3))
+
+
+def test_a_warm_start_goes_on_only_from_its_own_checkpoint(tmp_path, shards):
+    one, other = (
+        SparseAutoencoder(8, 32, 3, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    first, _ = train_autoencoder(shards, TRAINING, work=tmp_path, warm_start=one)
+    again, _ = train_autoencoder(shards, TRAINING, work=tmp_path, warm_start=one)
+    assert equal(first, again)
+    for start in (other, None):
+        with pytest.raises(TrainingError, match="checkpoint of other settings"):
+            train_autoencoder(shards, TRAINING, work=tmp_path, warm_start=start)
 
 
 # --- interruption and bad input
