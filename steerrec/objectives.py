@@ -41,7 +41,8 @@ def mid_ranks(values: Tensor) -> Tensor:
     """Rank of each of N values as a share of N, from 0 to 1; equal values share their mean rank."""
     _, group, sizes = values.unique(return_inverse=True, return_counts=True)  # sorted
     ends = sizes.cumsum(0)
-    return ((ends - sizes / 2) / len(values))[group]
+    ranks: Tensor = (ends - sizes / 2) / len(values)
+    return ranks[group]
 
 
 def even_exposure() -> Objective:
