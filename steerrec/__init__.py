@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
+    from steerrec.explaining import neuron_effects as neuron_effects
     from steerrec.hooks import edit as edit
     from steerrec.importing import import_sae as import_sae
     from steerrec.layers import layer_report as layer_report
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
+    from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.operations import ResponseSteering as ResponseSteering
+    from steerrec.operations import ResponseTransform as ResponseTransform
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
     from steerrec.recommender import ItemHead as ItemHead
@@ -68,11 +73,14 @@ _HOME = {
     "Lengths": "sites",
     "RealMask": "sites",
     "Recommender": "recommender",
+    "ResponseSteering": "operations",
+    "ResponseTransform": "operations",
     "SAETraining": "training",
     "Site": "sites",
     "SparseAutoencoder": "autoencoder",
     "SteerTransform": "steering",
     "Steering": "steering",
+    "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
     "TokenIds": "sites",
@@ -86,9 +94,11 @@ _HOME = {
     "fit_autoencoder": "training",
     "import_sae": "importing",
     "layer_report": "layers",
+    "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
+    "neuron_effects": "explaining",
     "plot_frontiers": "report",
     "plot_tradeoff": "report",
     "popularity_contrast": "profiles",

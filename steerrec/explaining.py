@@ -1,0 +1,92 @@
+"""What a learned steering does, neuron by neuron: how often, how much, and for which items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerrec.autoencoder import SparseAutoencoder
+from steerrec.operations import ResponseSteering
+from steerrec.recommender import ItemHead
+
+
+@dataclass(frozen=True)
+class NeuronEffect:
+    """What one neuron's response does.
+
+    Attributes
+    ----------
+    neuron
+        Its number.
+    share
+        Its part of all that the responses do: of the sum over neurons of the root mean square
+        length of what they add.
+    firing_rate
+        Share of the users in whom it is active.
+    raises, lowers
+        Catalogue rows of the items whose scores it raises and lowers most, [items] each.
+    """
+
+    neuron: int
+    share: float
+    firing_rate: float
+    raises: Tensor
+    lowers: Tensor
+
+
+@torch.no_grad()
+def neuron_effects(
+    steering: ResponseSteering,
+    sae: SparseAutoencoder,
+    head: ItemHead,
+    user_vectors: Tensor,
+    *,
+    neurons: int = 20,
+    items: int = 5,
+    chunk: int = 4096,
+) -> list[NeuronEffect]:
+    """The neurons whose responses change most, strongest first.
+
+    Parameters
+    ----------
+    steering
+        Responses.
+    sae
+        The SAE that they belong to.
+    head
+        How items are scored from the user vector.
+    user_vectors
+        Users to look at, [U, H].
+    neurons, items
+        How many neurons, and how many items of each, at most.
+    chunk
+        Users encoded at a time.
+    """
+    square = torch.zeros(sae.d_sae, dtype=torch.float64)
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for part in user_vectors.split(chunk):
+        values, indices = sae.encode(part.to(sae.W_enc))
+        values, indices = values.cpu().flatten(), indices.cpu().flatten()
+        square.index_add_(0, indices, values.double().square())
+        fired += torch.bincount(indices[values > 0], minlength=sae.d_sae)
+    users = len(user_vectors)
+    size = (square / users).sqrt() * steering.vectors.norm(dim=1).double()  # [d_sae]
+    order = size.argsort(descending=True, stable=True)[:neurons]
+    weight = F.normalize(head.weight, dim=-1) if head.normalize else head.weight
+    effects = steering.vectors[order].to(weight) @ weight.T  # [neurons, N]
+    count = min(items, len(head))
+    raised, lowered = effects.topk(count).indices, effects.topk(count, largest=False).indices
+    return [
+        NeuronEffect(
+            neuron=int(neuron),
+            share=float(size[neuron] / size.sum()),
+            firing_rate=int(fired[neuron]) / users,
+            raises=raised[place].cpu(),
+            lowers=lowered[place].cpu(),
+        )
+        for place, neuron in enumerate(order)
+        if size[neuron] > 0
+    ]
