@@ -16,7 +16,7 @@ from steerrec.data import Catalogue, Interactions
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
-from steerrec.specs import read_settings, settings_of, split_spec
+from steerrec.specs import HUB_OPTIONS, read_settings, settings_of, split_spec
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,6 +64,8 @@ def load_recommender(
             raise ModelError(f"{text} holds its own items; expected no others, nor an item map")
         options["items"] = items
     if path.is_dir():
+        if extra := sorted(options.keys() - HUB_OPTIONS):
+            raise ModelError(f"{text} holds its own settings; expected no {extra[0]}")
         return _adapter(_adapter_of_folder(path))(path, device=device)
     name, _, rest = text.partition(":")
     if rest and name in _adapter_targets():
@@ -75,7 +77,7 @@ def load_recommender(
             )
         return _from_function(match["module"], match["function"])
     if _HUB_ID.fullmatch(text) and not path.exists():
-        return _adapter("sasrec")(text, device=device, **options)
+        return _open("sasrec", text, {"device": device, **options})
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "

@@ -173,7 +173,7 @@ def fingerprint(rec: Recommender, site: Site | None = None) -> dict[str, Any]:
     below it and score them alike; an artifact records it and checks it on load.
     """
     head = rec.item_head
-    config = json.dumps(rec.describe().get("config"), sort_keys=True)
+    config = json.dumps(rec.describe().get("config"), sort_keys=True, default=str)
     mark = {
         "class": type(rec.model).__name__,
         "width": head.width,

@@ -15,7 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from steerrec.errors import ModelError
 
 _SETTING = re.compile(r",([a-z]\w*)=([^,=/]*)")
-_NOT_SETTINGS = {"items", "device", "revision", "token", "cache_dir", "local_files_only"}
+HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only"})
+_NOT_SETTINGS = HUB_OPTIONS | {"items", "device"}
 
 
 def split_spec(text: str) -> tuple[str, dict[str, str]]:
