@@ -49,6 +49,9 @@ class Candidates:
         Length of the lists to make.
     seed
         Of whatever a method draws.
+    chunks
+        How many users and items are scored at a time. Ranking anew is done in the same chunks, so
+        that unchanged scores are the same to the last bit.
     """
 
     ids: Tensor
@@ -63,6 +66,7 @@ class Candidates:
     labels: Tensor
     k: int
     seed: int
+    chunks: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -122,7 +126,17 @@ class Candidates:
             See `steerrec.ranking.top_k`.
         """
         vectors = self.vectors if vectors is None else vectors
-        return top_k(vectors, self.head, self.k, seen=self.seen, rescore=rescore).ids.cpu()
+        user_chunk, item_chunk = self.chunks
+        lists = top_k(
+            vectors,
+            self.head,
+            self.k,
+            seen=self.seen,
+            rescore=rescore,
+            user_chunk=user_chunk,
+            item_chunk=item_chunk,
+        )
+        return lists.ids.cpu()
 
 
 @torch.no_grad()
@@ -221,6 +235,7 @@ def gather_candidates(
         labels=groups,
         k=k,
         seed=seed,
+        chunks=(user_chunk, item_chunk),
     )
 
 

@@ -59,8 +59,9 @@ def test_a_small_catalogue_is_drawn_from_as_a_whole():
 
 
 def test_of_few_items_left_all_are_taken():
-    case = world([[4.0, 3.0, 2.0, 1.0]], histories=[[0, 2]], k=3, mask_seen=True)
-    assert RandomTop(extra=1).lists(case.candidates).tolist() == [[1, 3, -1]]
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(30, 4)
+    case = world(scores, histories=[[0, 2]] * 30, k=3, mask_seen=True)
+    assert RandomTop(extra=1).lists(case.candidates).tolist() == [[1, 3, -1]] * 30
 
 
 @pytest.mark.parametrize("extra", [-1, 1.5, float("nan")])

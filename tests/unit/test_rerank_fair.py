@@ -35,6 +35,12 @@ def test_a_correction_for_independent_tests_would_ask_for_far_too_little():
     assert fail_probability(sidak, 0.5) == Fraction(1, 128)
 
 
+def test_a_probability_equal_to_alpha_is_enough():
+    """P[Binomial(4, .5) <= 0] is 1/16."""
+    assert m_table(4, 0.5, 0.0625, adjusted=False) == [0, 0, 0, 0]
+    assert m_table(4, 0.5, 0.0626, adjusted=False) == [0, 0, 0, 1]
+
+
 def failing(table, p):
     """Probability by going through all 2^k rankings."""
     p, total = Fraction(str(p)), Fraction(0)

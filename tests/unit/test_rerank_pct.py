@@ -205,6 +205,17 @@ def test_degree_0_is_the_base_list(kind):
         assert torch.equal(kind(degree=0).lists(case.candidates), case.candidates.base)
 
 
+@pytest.mark.parametrize("k", range(1, 31))
+def test_a_target_that_is_met_exactly_is_not_missed_by_rounding(k):
+    """Two users of one group each, whose targets are their own tastes: whole lists of it."""
+    labels = [TAIL] + [HEAD] * 30 + [TAIL] * 30  # the best item of all is of the other group
+    scores = torch.arange(61, 0, -1).float().expand(2, 61)
+    case = world(scores, labels=labels, histories=[[1], [0]], k=k)
+    assert PCT().targets(case.candidates)[0].tolist() == [1, 0, 0]
+    made = PCT(lam=0.9).lists(case.candidates)[0].tolist()
+    assert made == list(range(1, k + 1))
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**16))
 def test_at_degree_1_lists_come_near_the_system_target(seed):

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from steerrec.data import Histories
 from steerrec.errors import MethodError
-from steerrec.rerank import IPR, LogitAdjustment
+from steerrec.recommender import ItemHead
+from steerrec.rerank import IPR, LogitAdjustment, gather_candidates
 
 from .rerank_cases import random_worlds, world
+from .tiny import catalogue
 
 TRANSFORMS = ("softmax", "sigmoid", "minmax", "published")
 
@@ -75,6 +78,24 @@ def test_without_strength_ipr_is_the_base_list(transform):
     for case in random_worlds(60):
         lists = IPR(alpha=0, transform=transform).lists(case.candidates)
         assert torch.equal(lists, case.candidates.base)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LogitAdjustment(lam=1), *(IPR(alpha=3, transform=transform) for transform in TRANSFORMS)],
+)
+def test_chunks_do_not_matter(method):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randint(-3, 4, (20, 4), generator=generator).float()
+    head = ItemHead(torch.randint(-3, 4, (30, 4), generator=generator).float())
+    histories, items = Histories.from_lists([[0]] * 20), catalogue(list(range(60, 0, -2)))
+    lists = [
+        method.lists(
+            gather_candidates(vectors, head, histories, items, user_chunk=users, item_chunk=rows)
+        )
+        for users, rows in ((1024, 16_384), (7, 11), (1, 1), (20, 4))
+    ]
+    assert all(torch.equal(lists[0], other) for other in lists[1:])
 
 
 def test_the_published_ipr_rewards_popular_items_with_negative_scores():
