@@ -213,7 +213,7 @@ def _has_padding_row(
     if positions not in (maxlen, maxlen + 1):
         raise ModelError(
             f"{path} has {positions} positions; expected {maxlen} or {maxlen + 1}, as maxlen is "
-            f"{maxlen}: open it as pmixer:{path},maxlen=… with its own"
+            f"{maxlen}: no known code makes both; is that the --maxlen that it was trained with?"
         )
     return positions > maxlen
 

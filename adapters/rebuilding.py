@@ -152,9 +152,15 @@ def rebuild(
     ModelError
         If a weight is missing, too many, or of another shape than the others say.
     """
-    model, left = SASRecModel(config), dict(weights)
+    left = dict(weights)
     try:
-        model.load_state_dict(translate(left))
+        with torch.device("meta"):  # shapes are compared before anything is allocated
+            expected = {name: t.shape for name, t in SASRecModel(config).state_dict().items()}
+        translated = translate(left)
+        if unfit := _unfit(translated, expected):
+            raise RuntimeError(unfit)
+        model = SASRecModel(config)
+        model.load_state_dict(translated)
     except KeyError as missing:
         reason = f"{missing.args[0]} is missing"
     except (IndexError, RuntimeError) as error:
@@ -165,3 +171,14 @@ def rebuild(
         raise ModelError(f"{path} does not fit {library}'s SASRec: {' '.join(reason.split())}")
     model.to(torch.device(device))  # type: ignore[arg-type]
     return SASRecRecommender(model, items, source=source)
+
+
+def _unfit(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> str:
+    """What does not fit, after a line as torch's own message has one; empty if all does."""
+    for name, shape in expected.items():
+        if name not in weights:
+            return f"\n{name} is missing"
+        if weights[name].shape != shape:
+            found = tuple(weights[name].shape)
+            return f"\nsize mismatch for {name}: it has {found}, expected {tuple(shape)}"
+    return ""

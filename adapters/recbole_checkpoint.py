@@ -67,6 +67,11 @@ def load(
     rows, width = table_of(path, weights, "item_embedding.weight")
     layers = count_layers(path, weights, "trm_encoder.layer")
     settings = _settings(checkpoint)
+    if (name := settings.get("model", "SASRec")) != "SASRec":
+        raise ModelError(
+            f"{path} is a RecBole {str(name)[:60]!r}, which names its weights as a SASRec does; "
+            "only SASRec is rebuilt: open it with RecBole and wrap the live object"
+        )
     inner = _LAYER.format(0) + "feed_forward.dense_1.weight"
     config = SASRecConfig(
         num_items=rows - 1,
@@ -78,7 +83,7 @@ def load(
         max_position_embeddings=table_of(path, weights, "position_embedding.weight")[0],
         norm_first=False,
         embedding_norm=True,
-        layer_norm_eps=eps if type(eps := settings.get("layer_norm_eps")) is float else 1e-12,
+        layer_norm_eps=_epsilon(path, settings.get("layer_norm_eps", 1e-12)),
     )
     return rebuild(
         path,
@@ -125,6 +130,16 @@ def _settings(checkpoint: Any) -> dict[str, Any]:
         if isinstance(inner, Mapping):
             return dict(inner)
     return {}
+
+
+def _epsilon(path: str | Path, value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = -1.0
+    if not 0 < found < 1:
+        raise ModelError(f"{path} has layer_norm_eps {value!r}; expected a small positive number")
+    return found
 
 
 def _setting(

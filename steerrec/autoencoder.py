@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from steerrec.errors import ArtifactError
+from steerrec.graphs import is_graphed
 from steerrec.selection import largest
 
 
@@ -136,9 +138,22 @@ class SparseAutoencoder(nn.Module):
 
     def directions(self, latents: Latents) -> Tensor:
         """The sum of decoder rows weighted by the latents, without bias: [B, d_in]."""
+        if not is_graphed() and self._by_gathering(latents):
+            rows = self.W_dec.index_select(0, latents.indices.reshape(-1))
+            picked = rows.view(*latents.indices.shape, self.d_in)  # [B, k, d_in]
+            return (latents.values.unsqueeze(2) * picked).sum(dim=1)
         return F.embedding_bag(
             latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum"
         )
+
+    @staticmethod
+    def _by_gathering(latents: Latents) -> bool:
+        """Whether a derivative may be wanted that embedding_bag has not: forward, or a second one.
+
+        Rows that are gathered take memory: second derivatives are for a few user vectors.
+        """
+        few = len(latents.indices) <= 8 and latents.values.requires_grad
+        return few or forward_ad._current_level >= 0
 
     def decode(self, latents: Latents) -> Tensor:
         """Reconstruction [B, d_in] from the active latents."""

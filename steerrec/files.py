@@ -89,8 +89,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def recover_folder(path: str | Path) -> None:
     """Put back the folder that an `atomic_folder`, cut off in the middle, had moved aside."""
-    path = Path(path).resolve()
-    if not path.exists():
+    try:
+        path = Path(path).resolve()
+        there = path.exists()
+    except (OSError, ValueError):  # no folder can have such a name
+        return
+    if not there:
         for retired in path.parent.glob(f".{glob.escape(path.name)}.*{_RETIRED}"):
             retired.replace(path)
             return

@@ -33,7 +33,7 @@ def _compiled(
         compiled: Function
         try:
             compiled = jit(*signatures, cache=True)(function)
-        except RuntimeError:  # nowhere to keep it
+        except Exception:  # nowhere to keep it, no room there, or what is kept is damaged
             compiled = jit(*signatures)(function)
         return compiled
 

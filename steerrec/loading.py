@@ -16,7 +16,7 @@ from steerrec.data import Catalogue, Interactions
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.recommender import Recommender
-from steerrec.specs import HUB_OPTIONS, read_settings, settings_of, split_spec
+from steerrec.specs import HUB_OPTIONS, is_there, read_settings, settings_of, split_spec
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,7 +63,7 @@ def load_recommender(
         if not holds_no_items(text):
             raise ModelError(f"{text} holds its own items; expected no others, nor an item map")
         options["items"] = items
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         if extra := sorted(options.keys() - HUB_OPTIONS):
             raise ModelError(f"{text} holds its own settings; expected no {extra[0]}")
         return _adapter(_adapter_of_folder(path))(path, device=device)
@@ -76,7 +76,7 @@ def load_recommender(
                 f"{text} is a function: it chooses device and revision by itself; expected neither"
             )
         return _from_function(match["module"], match["function"])
-    if _HUB_ID.fullmatch(text) and not path.exists():
+    if _HUB_ID.fullmatch(text) and not is_there(path):
         return _open("sasrec", text, {"device": device, **options})
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerrec.errors import SiteError
-from steerrec.graphs import is_graphed
+from steerrec.graphs import has_values, is_graphed
 from steerrec.nested import describe
 from steerrec.sites import Lengths, RealMask, Site, TokenIds
 
@@ -129,6 +129,8 @@ def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int
     source = site.positions_from
     latest = seen[-1] if seen else None
     if latest is None or latest.shape != (1, length) or latest.device.type != "cpu":
+        return None
+    if not has_values(latest):
         return None
     told = latest.tolist()[0]
     if isinstance(source, TokenIds):

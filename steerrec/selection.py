@@ -27,7 +27,8 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         [B, k] each; gradients flow through `entries`.
     """
     # detached: where they are has no gradient
-    arrays = None if is_graphed() else as_arrays(values.detach())
+    usable = 0 < k <= values.shape[1] and not is_graphed()
+    arrays = as_arrays(values.detach()) if usable else None
     loops = None if arrays is None else kernels()
     if arrays is not None and loops is not None:
         indices = values.new_empty(len(values), k, dtype=torch.int64)

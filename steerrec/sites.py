@@ -105,6 +105,7 @@ class RealMask:
     def __post_init__(self) -> None:
         _check_path(self, self.path)
         object.__setattr__(self, "select", _as_select(self.select))
+        object.__setattr__(self, "padding", bool(self.padding))
 
 
 PositionsFrom = TokenIds | Lengths | RealMask | Literal["last"]

@@ -35,7 +35,7 @@ def split_spec(text: str) -> tuple[str, dict[str, str]]:
     ('run/SASRec.lr=0.1.pth', {'heads': '2', 'norm_first': 'true'})
     """
     start = len(text)
-    while not Path(text[:start]).exists() and (comma := text.rfind(",", 0, start)) >= 0:
+    while not is_there(text[:start]) and (comma := text.rfind(",", 0, start)) >= 0:
         if not _SETTING.fullmatch(text, comma, start):
             break
         start = comma
@@ -45,6 +45,14 @@ def split_spec(text: str) -> tuple[str, dict[str, str]]:
             raise ModelError(f"{text} gives {name} twice; expected each setting once")
         settings[name] = value
     return text[:start], settings
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path names something; one that no file could have names nothing."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
 
 
 def join_spec(adapter: str, path: str | Path, **settings: Any) -> str:

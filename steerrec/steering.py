@@ -254,7 +254,8 @@ def _compiled(
     if arrays is None or loops is None:
         return None
     acts, step, decoder = arrays[:3]
-    alpha = arrays[3].ravel() if given else np.array([strength], np.float32)
+    with np.errstate(over="ignore"):  # torch says what comes of it
+        alpha = arrays[3].ravel() if given else np.array([strength], np.float32)
     change = pre_acts.new_empty(len(pre_acts), sae.d_in)
     done = loops.steered(acts, step, alpha, decoder, sae.k, delta, change.numpy())
     return change if done else None

@@ -241,6 +241,11 @@ def write_csv(interactions: Interactions, folder: str | os.PathLike[str]) -> Non
     }
     if interactions.time is not None:
         rows["timestamp"] = pl.Series(interactions.time)
+    if taken := sorted({"user_id", "item_id", "timestamp"} & interactions.columns.keys()):
+        raise DataError(
+            f"a kept column is called {taken[0]!r}, as one of those that are written; expected "
+            "another name"
+        )
     rows |= {name: pl.Series(values) for name, values in interactions.columns.items()}
     items = interactions.item_attributes.with_columns(
         pl.col(pl.List(pl.String)).list.join("|")

@@ -900,3 +900,12 @@ def test_an_interruption_while_hooks_are_put_on_leaves_the_outputs_alone(
     with capture(model, everywhere) as captured:
         model(IDS)
     assert len(captured[everywhere]) == IDS.numel()
+
+
+# --- a single history
+
+
+def test_a_mask_given_as_a_number_reads_the_same_for_one_history_and_for_many():
+    site = Site("body", positions_from=RealMask("", ("mask",), padding=1))
+    assert site.positions_from.padding is True
+    assert Site.from_dict(site.to_dict()) == site

@@ -187,13 +187,16 @@ def test_gradients_come_from_torch():
     assert alpha.grad.abs().sum() > 0
 
 
-def test_forward_mode_is_not_taken_for_no_gradient():
-    """torch has no forward derivative of embedding_bag: it says so, where a loop would say zero."""
-    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
-    with pytest.raises(NotImplementedError, match="forward AD"):
-        torch.func.jvp(step, (x,), (x,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
-        step(forward_ad.make_dual(x, x))
+def test_forward_mode_derivatives_are_those_of_finite_differences():
+    step, x = transform().double(), torch.randn(3, WIDTH, generator=generator()).double()
+    direction = torch.randn(3, WIDTH, generator=generator(1)).double()
+    expected = (step(x + 1e-6 * direction) - step(x - 1e-6 * direction)) / 2e-6
+    step32 = transform()
+    tangent = torch.func.jvp(step32, (x.float(),), (direction.float(),))[1]
+    torch.testing.assert_close(tangent.double(), expected, atol=1e-4, rtol=1e-4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.float(), direction.float())
+        torch.testing.assert_close(forward_ad.unpack_dual(step32(dual)).tangent, tangent)
 
 
 def test_vmap():
@@ -228,7 +231,7 @@ def test_without_numba_torch_does_it_all(monkeypatch):
     compiled.kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "steerrec.kernels", None)  # as if the import failed
     try:
-        with pytest.warns(RuntimeWarning, match="numba cannot be imported"):
+        with pytest.warns(RuntimeWarning, match="numba cannot be used"):
             close(step(x), expected)
         close(step(x), expected)
     finally:
@@ -252,3 +255,34 @@ def test_threads_do_not_wait_for_each_other_nor_mix():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_compiler_that_fails_leaves_it_to_torch(monkeypatch):
+    step, x = transform(), torch.randn(3, WIDTH, generator=generator())
+    expected = step(x)
+
+    def full(name):
+        raise OSError(28, "No space left on device")
+
+    compiled.kernels.cache_clear()
+    monkeypatch.setattr(compiled, "import_module", full)
+    try:
+        with pytest.warns(RuntimeWarning, match="No space left on device"):
+            close(step(x), expected)
+    finally:
+        compiled.kernels.cache_clear()
+
+
+def test_more_than_there_are_is_refused_as_torch_does():
+    with pytest.raises(RuntimeError, match="out of range"):
+        largest(torch.randn(2, 8), 9)
+    assert largest(torch.randn(2, 8), 0)[1].shape == (2, 0)
+
+
+def test_second_derivatives():
+    step = transform()
+    x = torch.randn(2, WIDTH, generator=generator(), requires_grad=True)
+    (first,) = torch.autograd.grad(step(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.isfinite().all()
+    assert second.abs().sum() > 0

@@ -232,3 +232,9 @@ def test_what_is_loaded_is_frozen_and_in_eval_mode(folder):
 def test_a_loaded_folder_can_move(rec, folder, tmp_path):
     shutil.move(folder, tmp_path / "elsewhere")
     assert same_scores(load_recommender(tmp_path / "elsewhere"), rec)
+
+
+@pytest.mark.parametrize("name", ["recbole:" + "a" * 300, "a" * 300, "x\0y", "recbole:x\0y"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(ModelError):
+        load_recommender(name)

@@ -160,3 +160,38 @@ def test_convert_writes_the_model_folder(checkpoint, tmp_path, capsys):
     assert torch.equal(rec.score(batch), load(checkpoint).score(batch))
     with pytest.raises(ModelError, match="is no checkpoint of another library"):
         convert(str(out), tmp_path / "again")
+
+
+def test_another_model_with_the_names_of_a_sasrec_is_refused(tmp_path):
+    """RecBole's first BERT4Rec names its weights so; it is bidirectional, with a mask token."""
+    path = write(tmp_path / "model.pth", config=Config(model="BERT4Rec"))
+    with pytest.raises(ModelError, match="is a RecBole 'BERT4Rec', which names its weights"):
+        load(path)
+
+
+@pytest.mark.parametrize("value", ["small", None, 0.0, -1e-5, [1e-5]])
+def test_an_epsilon_that_is_none_is_refused(tmp_path, value):
+    path = write(tmp_path / "model.pth", config=Config(layer_norm_eps=value))
+    with pytest.raises(ModelError, match="layer_norm_eps"):
+        load(path)
+
+
+def test_an_epsilon_may_be_text(tmp_path):
+    path = write(tmp_path / "model.pth", config=Config(layer_norm_eps="1e-5"))
+    assert load(path).model.config.layer_norm_eps == 1e-5
+
+
+def test_nothing_is_allocated_for_shapes_that_do_not_fit(tmp_path, monkeypatch):
+    wide = weights()
+    wide["item_embedding.weight"] = torch.ones(3, 50_000)
+    made = []
+    real = torch.nn.Linear.__init__
+
+    def counted(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        made.append(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", counted)
+    with pytest.raises(ModelError, match="size mismatch for"):
+        load(write(tmp_path / "model.pth", wide, Config(n_heads=1)))
+    assert set(made) == {"meta"}
