@@ -26,10 +26,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -40,6 +42,15 @@ import pytest
 from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.region import Lexeme
+
+# Read when huggingface_hub is imported: a cache of the tests' own, no login of the developer's, no
+# proxy in front of this machine, and uploads as the loopback Hub takes them.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="steerrec-hf-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _HF_HOME.name
+os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+for _name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
+    os.environ.pop(_name, None)
 
 _FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)\n"
