@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,9 +23,14 @@ from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
+from steerrec.hub_names import check_repo_id, is_repo_id, is_sha
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
+
+if TYPE_CHECKING:
+    from steerrec.pulling import Snapshot
+    from steerrec.pushing import Pushed
 
 FORMAT_VERSION = 1
 RECORD = "steerrec.json"
@@ -154,6 +160,77 @@ class Artifact:
             steering = here.recipe(steering)
         return SteerTransform(here.sae, steering or Steering.popsteer(here.table(contrast)))
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | Snapshot,
+        *,
+        rec: Recommender | None = None,
+        strict: bool = True,
+        **hub: Any,
+    ) -> Artifact:
+        """The same as `load_artifact`, by the name that it has in other libraries."""
+        return load_artifact(path, rec=rec, strict=strict, **hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Publish the artifact on the Hub in one commit.
+
+        Parameters
+        ----------
+        repo_id
+            ``org/name``.
+        **options
+            Those of `steerrec.push`: revision, token, private, create_pr, commit_message, tag,
+            endpoint, dry_run, rec.
+        """
+        from steerrec.pushing import push
+
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / "artifact")
+            return push(Path(folder) / "artifact", repo_id, **options)
+
+    def load_base_model(
+        self, *, device: str = "cpu", strict: bool = True, **hub: Any
+    ) -> Recommender:
+        """The model that the artifact was made for, from the Hub, at the commit that is recorded.
+
+        Parameters
+        ----------
+        device
+            Where the model goes.
+        strict
+            As for `check`.
+        **hub
+            Options of `steerrec.pull`: token, cache_dir, local_files_only, endpoint.
+
+        Raises
+        ------
+        ArtifactError
+            If no commit on the Hub is recorded (a recorded path or function is never opened on the
+            artifact's word), or what is there is another model.
+        HubError
+            If it cannot be had.
+        """
+        from steerrec.loading import load_recommender
+        from steerrec.pulling import pull
+
+        repo_id, revision = self.base_model.get("repo_id"), self.base_model.get("revision")
+        if repo_id is None:
+            raise ArtifactError(
+                f"the artifact was made for the model at {self.base_model.get('source')!r}, which "
+                "is not on the Hub: load that model yourself"
+            )
+        if not is_sha(revision):
+            raise ArtifactError(
+                f"the artifact names {revision!r} as the revision of its base model; expected the "
+                "id of a commit, 40 hex digits"
+            )
+        rec = load_recommender(
+            pull(check_repo_id(repo_id), revision=revision, **hub), device=device
+        )
+        self.check(rec, strict=strict)
+        return rec
+
     def check(self, rec: Recommender, *, strict: bool = True) -> None:
         """Raise ArtifactError unless the artifact was made for this very model.
 
@@ -229,26 +306,39 @@ class Artifact:
 
 
 def load_artifact(
-    path: str | Path, *, rec: Recommender | None = None, strict: bool = True
+    path: str | Path | Snapshot,
+    *,
+    rec: Recommender | None = None,
+    strict: bool = True,
+    **hub: Any,
 ) -> Artifact:
     """Read an artifact folder, checking everything in it.
 
     Parameters
     ----------
     path
-        The folder.
+        The folder, or the id of a Hub repository.
     rec
         The model that it is to be used with; its fingerprint is compared.
     strict
         Whether another model than the recorded one is an error.
+    **hub
+        Options of `steerrec.pull` for a Hub repository: revision, token, cache_dir,
+        local_files_only, subfolder, endpoint.
 
     Raises
     ------
     ArtifactError
         If a file is missing or damaged, or the artifact belongs to another model.
+    HubError
+        If there is no such folder here, and no such repository that can be had.
     """
     folder = Path(path)
     recover_folder(folder)
+    if hub or (is_repo_id(str(path)) and not folder.exists()):
+        from steerrec.pulling import local_folder
+
+        folder = Path(local_folder(path, **hub))
     record = _read_json(folder / RECORD)
     found = record.get("format_version")
     if "format_version" not in record:

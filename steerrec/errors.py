@@ -35,3 +35,7 @@ class ArtifactError(SteerrecError):
 
 class StorageError(SteerrecError):
     """A file cannot be written: no space, no permission, or something else is in its place."""
+
+
+class HubError(SteerrecError):
+    """The Hub refuses, does not answer, or sends what is not what it says it is."""

@@ -1,0 +1,181 @@
+"""What of a MODEL or ARTIFACT folder belongs on the Hub, without what is only of this machine.
+
+Both directions go by it: nothing else is pushed, and nothing else is pulled or kept. Not here: how
+files get there (`steerrec.pushing`, `steerrec.pulling`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+from steerrec.errors import HubError
+
+Kind = Literal["MODEL", "ARTIFACT"]
+
+RECORD = "steerrec.json"
+CARD = "README.md"
+ORIGIN = "hub"  # in the record of a MODEL folder: where on the Hub the same files are
+
+# As the client filters names; a star stands for slashes too, so `belongs` looks again.
+PATTERNS = (
+    RECORD,
+    CARD,
+    "*/cfg.json",
+    "*/sae_weights.safetensors",
+    "*/attribution/*.safetensors",
+    "*/steering/*.safetensors",
+    "config.json",
+    "model.safetensors",
+    "items.parquet",
+)
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_FILES: dict[Kind, re.Pattern[str]] = {
+    "ARTIFACT": re.compile(
+        rf"steerrec\.json|README\.md|{_NAME}/(?:cfg\.json|sae_weights\.safetensors"
+        rf"|(?:attribution|steering)/{_NAME}\.safetensors)"
+    ),
+    "MODEL": re.compile(
+        r"steerrec\.json|README\.md|config\.json|model\.safetensors|items\.parquet"
+    ),
+}
+
+
+def belongs(path: str, kind: Kind) -> bool:
+    """Whether a file of this name, with ``/`` between folders, is part of such a folder."""
+    return _FILES[kind].fullmatch(path) is not None
+
+
+def is_part(path: str) -> bool:
+    """Whether a file of this name is part of a folder of either kind."""
+    return any(pattern.fullmatch(path) for pattern in _FILES.values())
+
+
+def kind_of(folder: Path) -> Kind:
+    """What a folder is.
+
+    Raises
+    ------
+    HubError
+        If it is neither a MODEL nor an ARTIFACT.
+    """
+    if (folder / "config.json").is_file() and (folder / "items.parquet").is_file():
+        return "MODEL"
+    record = _json(folder / RECORD)
+    if isinstance(record, dict) and "format_version" in record:
+        return "ARTIFACT"
+    raise HubError(
+        f"{folder} is neither a MODEL nor an ARTIFACT; expected a folder written by "
+        "`steerrec train` or `steerrec attach`"
+    )
+
+
+def files_of(folder: Path, kind: Kind) -> dict[str, Path]:
+    """The files that are part of a MODEL or ARTIFACT folder, by name with ``/`` between folders.
+
+    Raises
+    ------
+    HubError
+        If one of them is a link to somewhere else than the folder, or the blobs of the Hub's cache
+        that it is in.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    found = {name: folder / name for name in names if belongs(name, kind)}
+    return {name: file for name, file in found.items() if _is_inside(file, folder)}
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent.resolve())
+    real = file.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise HubError(f"{file} is a link out of its folder; expected a file")
+    return real.is_file()
+
+
+def contents(
+    folder: Path, kind: Kind, *, base_model: dict[str, Any] | None = None, card: str | None = None
+) -> dict[str, Path | bytes]:
+    """What to publish of a folder: files as they are, and text files without local paths.
+
+    An absolute path of this machine, which says who works where and opens nothing elsewhere, is
+    cut down to its last part in the JSON files, and in the card where it is one of those.
+
+    Parameters
+    ----------
+    folder
+        A MODEL or ARTIFACT folder.
+    kind
+        Which of the two.
+    base_model
+        Fields of the record's base model to set.
+    card
+        Text of the card, in place of the folder's own.
+    """
+    cut: dict[str, str] = {}
+    found: dict[str, Path | bytes] = dict(files_of(folder, kind))
+    for name in [name for name in found if name.endswith(".json")]:
+        value = _json(folder / name)
+        shown = _without_paths(value, cut)
+        if name == RECORD and isinstance(shown, dict):
+            shown.pop(ORIGIN, None)
+            if base_model:
+                shown["base_model"] = {**shown["base_model"], **base_model}
+        if shown != value:
+            found[name] = (json.dumps(shown, indent=2, ensure_ascii=False) + "\n").encode()
+    if card is None and CARD in found:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    if card is not None:
+        for path in sorted(cut, key=len, reverse=True):
+            card = card.replace(path, cut[path])
+        found[CARD] = card.encode()
+    return found
+
+
+def without_path(text: str) -> str:
+    """A text that is an absolute path, or ``adapter:path`` with one, with its last part only."""
+    prefix, colon, rest = text.partition(":")
+    if colon and len(prefix) > 1 and not text.startswith("/") and not rest.startswith("//"):
+        return f"{prefix}:{without_path(rest)}"
+    if PureWindowsPath(text).is_absolute():
+        return PureWindowsPath(text).name
+    if text.startswith(("/", "~")):
+        return PurePosixPath(text).name
+    return text
+
+
+def _without_paths(value: Any, cut: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(entry, cut) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry, cut) for entry in value]
+    if isinstance(value, str) and without_path(value) != value:
+        cut[value] = without_path(value)
+        return cut[value]
+    return value
+
+
+def texts(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, str]]:
+    """Name and text of the files that are no tensors or tables."""
+    for name, content in files.items():
+        if name.endswith((".json", ".md")):
+            raw = content if isinstance(content, bytes) else content.read_bytes()
+            yield name, raw.decode(errors="replace")
+
+
+def size_of(content: Path | bytes) -> int:
+    """Size of a file to publish, in bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HubError(f"{file} cannot be read: {error}") from error

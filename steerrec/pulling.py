@@ -1,0 +1,199 @@
+"""From the Hub to this machine: the files of a MODEL or ARTIFACT and nothing else, each verified.
+
+The client compares sizes alone, so every file is compared with the checksum that the Hub has of it,
+also where it comes from the cache; nothing is executed. What is in the cache is used without asking
+the network, where the revision is the id of a commit.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+
+from steerrec.checksums import checksum, checksum_of
+from steerrec.errors import HubError
+from steerrec.hub_client import client, hub_errors, patiently
+from steerrec.hub_names import check_repo_id, check_revision, check_subfolder, is_repo_id, is_sha
+from steerrec.published import PATTERNS, RECORD, is_part
+
+
+@dataclass(frozen=True)
+class Snapshot(os.PathLike[str]):
+    """A folder of the Hub at one commit, in the client's cache; a path like any other.
+
+    Attributes
+    ----------
+    path
+        The folder. Its files are links into the cache: they are read, never written.
+    repo_id
+        The repository.
+    revision
+        Id of the commit, 40 hex digits.
+    """
+
+    path: Path
+    repo_id: str
+    revision: str
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def pull(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+    endpoint: str | None = None,
+) -> Snapshot:
+    """Fetch a MODEL or ARTIFACT from the Hub into the client's cache, and verify every file.
+
+    Parameters
+    ----------
+    repo_id
+        ``org/name``.
+    revision
+        Branch, tag or id of a commit; ``main`` by default. Branches and tags can be moved: pin what
+        matters by the id that the result has.
+    token
+        A token, False for none, or None for that of the login.
+    cache_dir
+        The client's cache, if not the usual one.
+    local_files_only
+        Whether to use the cache alone; HF_HUB_OFFLINE=1 says so too.
+    subfolder
+        Folder in the repository that holds the files.
+    endpoint
+        Address of the Hub; that of HF_ENDPOINT by default.
+
+    Raises
+    ------
+    HubError
+        If there is no such thing, the login may not read it, the network fails, or a file is not
+        what the Hub says that it is; such a file is removed from the cache, so that the next pull
+        fetches it anew.
+    """
+    check_repo_id(repo_id)
+    wanted = check_revision(revision or constants.DEFAULT_REVISION)
+    inside = f"{check_subfolder(subfolder)}/" if subfolder else ""
+    api = client(endpoint, token)
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    with hub_errors(repo_id, revision=wanted, endpoint=endpoint, token=token):
+        resolved = patiently(
+            lambda: api.resolve_revision(
+                repo_id, revision=wanted, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+        )
+        sha = resolved.resolved
+        if not is_sha(sha):
+            raise HubError(f"{repo_id} at {wanted!r} is commit {sha!r}; expected 40 hex digits")
+        found = patiently(
+            lambda: snapshot_download(
+                repo_id,
+                revision=sha,
+                allow_patterns=[inside + pattern for pattern in PATTERNS],
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                endpoint=api.endpoint,
+                library_name="steerrec",
+                library_version=version("steerrec"),
+            )
+        )
+        snapshot = Path(found)
+        files = _files(snapshot, inside)
+        _verify(files, _checksums(files, snapshot, None if offline else api, repo_id), repo_id)
+    folder = snapshot / inside
+    if not (folder / RECORD).is_file() and not (folder / "config.json").is_file():
+        where = f"{repo_id}/{subfolder}" if subfolder else repo_id
+        raise HubError(
+            f"{where} at {wanted!r} holds neither a MODEL nor an ARTIFACT; expected what "
+            "`steerrec push` writes"
+        )
+    return Snapshot(folder, repo_id, sha)
+
+
+def local_folder(spec: str | Path | Snapshot, **hub: Any) -> Path | Snapshot:
+    """The folder that is meant: the one here, or what `pull` fetches where there is none.
+
+    Parameters
+    ----------
+    spec
+        A folder, or a Hub id. A folder goes before a repository of the same name.
+    **hub
+        Options of `pull`.
+
+    Raises
+    ------
+    HubError
+        If a revision of a folder is wanted, or nothing can be had from the Hub.
+    """
+    if isinstance(spec, Snapshot):
+        return spec
+    if Path(spec).exists() or not is_repo_id(str(spec)):
+        if hub.get("revision") is not None:
+            raise HubError(
+                f"{spec} is not the id of a repository on the Hub: it has no revision "
+                f"{hub['revision']!r}"
+            )
+        return Path(spec)
+    try:
+        return pull(str(spec), **hub)
+    except HubError as error:
+        raise HubError(
+            f"{spec} is no folder here, and cannot be had from the Hub: {error}"
+        ) from error
+
+
+def _files(snapshot: Path, inside: str) -> dict[str, Path]:
+    """The files of the format in a snapshot, by their names in the repository."""
+    names = (path.relative_to(snapshot).as_posix() for path in (snapshot / inside).rglob("*"))
+    return {name: snapshot / name for name in sorted(names) if is_part(name.removeprefix(inside))}
+
+
+def _checksums(
+    files: dict[str, Path], snapshot: Path, api: HfApi | None, repo_id: str
+) -> dict[str, str]:
+    """What the Hub says of files: the name of the blob that each is a link to, in the cache.
+
+    Where the cache cannot have links, the Hub is asked; without it such files cannot be verified.
+    """
+    blobs = snapshot.parents[1] / "blobs"
+    found, plain = {}, set()
+    for name, file in files.items():
+        if not file.is_symlink():
+            plain.add(name)
+            continue
+        blob = Path(os.path.normpath(file.parent / file.readlink()))
+        if blob.parent != blobs:
+            raise HubError(f"{file} is a link to {blob}; expected one into {blobs}")
+        found[name] = blob.name
+    if plain and api is not None:
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=snapshot.name)
+        listed = {file.path: checksum_of(file) for file in tree if isinstance(file, RepoFile)}
+        found |= {name: listed[name] for name in plain & set(listed)}
+    return found
+
+
+def _verify(files: dict[str, Path], expected: dict[str, str], repo_id: str) -> None:
+    """Compare files with checksums; one that differs is removed from the cache."""
+    for name, right in expected.items():
+        file = files[name]
+        found = checksum(file, right) if file.is_file() else "missing"
+        if found != right:
+            blob = file.parent / file.readlink() if file.is_symlink() else file
+            for path in (file.resolve(), blob, file):
+                path.unlink(missing_ok=True)
+            raise HubError(
+                f"{name} of {repo_id} is damaged: its checksum is {found[:12]}, that of the Hub "
+                f"{right[:12]}; it was removed from the cache: run again to fetch it anew"
+            )
