@@ -170,9 +170,10 @@ _CACHE_MISSES = ("LocalEntryNotFoundError", "IncompleteSnapshotError", "Revision
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes; not its context, which may be what a caller was dealing with."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _status(error: BaseException) -> int | None:

@@ -79,22 +79,22 @@ def files_of(folder: Path, kind: Kind) -> dict[str, Path]:
     Raises
     ------
     HubError
-        If one of them is a link to somewhere else than the folder, or the blobs of the Hub's cache
-        that it is in.
+        If one of them is a link to somewhere else than the folder, or than the Hub's cache that it
+        is in; or a folder inside is a link.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    found = {name: folder / name for name in names if belongs(name, kind)}
-    return {name: file for name, file in found.items() if _is_inside(file, folder)}
-
-
-def _is_inside(file: Path, folder: Path) -> bool:
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append(folder.parent.parent.resolve())
-    real = file.resolve()
-    if not any(real.is_relative_to(root) for root in roots):
-        raise HubError(f"{file} is a link out of its folder; expected a file")
-    return real.is_file()
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        real = path.resolve()
+        inside = any(real.is_relative_to(root) for root in roots)
+        if path.is_symlink() and (real.is_dir() or (belongs(name, kind) and not inside)):
+            raise HubError(f"{path} is a link out of its folder; expected a file")
+        if real.is_file() and belongs(name, kind):
+            found[name] = path
+    return found
 
 
 def contents(

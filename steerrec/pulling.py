@@ -168,10 +168,11 @@ def _checksums(
     Where the cache cannot have links, the Hub is asked; without it such files cannot be verified.
     """
     blobs = snapshot.parents[1] / "blobs"
-    found, plain = {}, set()
+    found: dict[str, str] = {}
+    plain = []
     for name, file in files.items():
         if not file.is_symlink():
-            plain.add(name)
+            plain.append(name)
             continue
         blob = Path(os.path.normpath(file.parent / file.readlink()))
         if blob.parent != blobs:
@@ -180,20 +181,23 @@ def _checksums(
     if plain and api is not None:
         tree = api.list_repo_tree(repo_id, recursive=True, revision=snapshot.name)
         listed = {file.path: checksum_of(file) for file in tree if isinstance(file, RepoFile)}
-        found |= {name: listed[name] for name in plain & set(listed)}
+        found |= {name: listed[name] for name in plain if name in listed}
     return found
 
 
 def _verify(files: dict[str, Path], expected: dict[str, str], repo_id: str) -> None:
-    """Compare files with checksums; one that differs is removed from the cache."""
+    """Compare files with checksums; those that differ are removed from the cache."""
+    damaged = []
     for name, right in expected.items():
         file = files[name]
-        found = checksum(file, right) if file.is_file() else "missing"
+        found = checksum(file, right) if file.is_file() else "none"
         if found != right:
+            damaged.append(f"{name} (checksum {found[:12]}, on the Hub {right[:12]})")
             blob = file.parent / file.readlink() if file.is_symlink() else file
             for path in (file.resolve(), blob, file):
                 path.unlink(missing_ok=True)
-            raise HubError(
-                f"{name} of {repo_id} is damaged: its checksum is {found[:12]}, that of the Hub "
-                f"{right[:12]}; it was removed from the cache: run again to fetch it anew"
-            )
+    if damaged:
+        raise HubError(
+            f"{repo_id} arrived damaged: {', '.join(damaged)}; what is wrong was removed from the "
+            "cache: run again to fetch it anew"
+        )

@@ -17,6 +17,7 @@ from huggingface_hub import (
     constants,
     get_token,
 )
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from steerrec.checksums import checksum, checksum_of
@@ -158,9 +159,15 @@ class _Push:
     tag: str | None
 
     def commit(self, pushed: Pushed, private: bool | None) -> Pushed:
-        self.api.create_repo(self.repo_id, private=private, exist_ok=True)
-        if private and not self.api.repo_info(self.repo_id).private:
-            raise HubError(f"{self.repo_id} exists and is public; make it private on the Hub first")
+        try:
+            public = not self.api.repo_info(self.repo_id).private
+        except RepositoryNotFoundError:
+            self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        else:
+            if private and public:
+                raise HubError(
+                    f"{self.repo_id} exists and is public; make it private on the Hub first"
+                )
         if self.branch != constants.DEFAULT_REVISION and not self.branch.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
         head = self._head()

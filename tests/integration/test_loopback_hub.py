@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
@@ -15,30 +14,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from ..hub.server import LoopbackHub
-
-TOKEN = "hf_acmesecretacmesecret"
-OTHER = "hf_othersecretothersecret"
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        hub.add_user("acme", TOKEN)
-        hub.add_user("other", OTHER)
-        yield hub
+from .conftest import OTHER, TOKEN
 
 
 @pytest.fixture
 def api(hub):
-    return HfApi(hub.url, token=TOKEN)
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client's pauses between tries."""
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+    return HfApi(hub.url)
 
 
 @pytest.fixture
@@ -58,9 +39,9 @@ def repo(api):
 
 
 @pytest.fixture
-def fetch(hub, tmp_path):
+def fetch(hub):
     def fetch(path, **options):
-        options = {"token": TOKEN, "cache_dir": tmp_path / "cache", "endpoint": hub.url} | options
+        options = {"endpoint": hub.url} | options
         return Path(hf_hub_download("acme/x", path, **options)).read_bytes()
 
     return fetch
@@ -243,7 +224,6 @@ def test_a_range(hub, repo, commit, path):
     assert (head.headers["content-length"], head.content) == ("10", b"")
 
 
-@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("kind", ["truncate", "hang up"])
 def test_a_download_that_breaks_off_is_resumed(hub, repo, commit, fetch, monkeypatch, kind):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 64)
@@ -267,14 +247,14 @@ def test_a_status_as_often_as_set(hub, api, repo):
     assert api.model_info(repo).id == repo
 
 
-@pytest.mark.usefixtures("no_waiting", "repo")
+@pytest.mark.usefixtures("repo")
 def test_an_upload_that_breaks_off_is_sent_again(hub, commit):
     hub.fail("PUT", "hang up")
     commit({"w.safetensors": bytes(range(200)) * 1000})
     assert len(hub.store.objects) == 1
 
 
-@pytest.mark.usefixtures("no_waiting", "repo")
+@pytest.mark.usefixtures("repo")
 def test_a_stall(hub, commit, fetch, monkeypatch):
     commit({"w.safetensors": bytes(range(200))})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
