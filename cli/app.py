@@ -17,6 +17,8 @@ from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
 from steerrec.cli.layers import layers
+from steerrec.cli.pull import pull
+from steerrec.cli.push import push
 from steerrec.cli.score import score
 from steerrec.cli.steer import steer
 from steerrec.cli.train import train
@@ -46,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, convert, evaluate, layers, attach, score, steer):
+for command in (demo, train, convert, evaluate, layers, attach, score, steer, push, pull):
     app.command()(command)
 
 

@@ -36,6 +36,7 @@ def attach(
     ] = 200_000,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
+    revision: opt.Revision = None,
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
@@ -71,7 +72,7 @@ def attach(
         dedup=dedup,
         format=format,
     )
-    rec, interactions = opt.open_model(model, read, item_map, device)
+    rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
     site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
     split = opt.split_for(rec, interactions)
     work = opt.partial(output)

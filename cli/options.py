@@ -58,6 +58,9 @@ Format = Annotated[
         rich_help_panel="Data",
     ),
 ]
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="ARTIFACT folder or Hub id.", show_default=False)
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -90,6 +93,10 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", 
 ItemMap = Annotated[
     Path | None,
     typer.Option("--item-map", help="Table of a checkpoint's item numbers and your item ids."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit, of what is on the Hub; main if none."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -170,15 +177,16 @@ def open_model(
     device: str = "cpu",
     *,
     recorded: dict[str, Any] | None = None,
+    revision: str | None = None,
 ) -> tuple[Recommender, Interactions]:
     """A model and the data for it, read as the model recorded it unless `recorded` says otherwise.
 
     A checkpoint that holds no ids gets those of the item map, or of the data.
     """
     from steerrec.data import Catalogue
-    from steerrec.loading import holds_no_items, load_recommender, model_record
+    from steerrec.loading import holds_no_items, load_recommender
 
-    if holds_no_items(model):
+    if holds_no_items(model) and revision is None:
         interactions = read(recorded)
         if item_map is None:
             items = Catalogue.from_interactions(interactions)
@@ -187,8 +195,22 @@ def open_model(
         return load_recommender(model, device=device, items=items), interactions
     if item_map is not None:
         raise no_item_map(model)
-    rec = load_recommender(model, device=device)
-    return rec, read(model_record(model).get("data") if recorded is None else recorded)
+    rec = load_recommender(model, device=device, **hub_options(revision))
+    if recorded is None:
+        recorded = getattr(rec, "record", {}).get("data")
+    return rec, read(recorded)
+
+
+def hub_options(revision: str | None) -> dict[str, Any]:
+    """What to give on to where something may be loaded from the Hub."""
+    return {} if revision is None else {"revision": revision}
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether an ARTIFACT is to come from the Hub: it has the form of an id, and is not here."""
+    from steerrec.hub_names import is_repo_id
+
+    return is_repo_id(name) and not Path(name).exists()
 
 
 def no_item_map(model: str) -> Exception:
@@ -199,20 +221,27 @@ def no_item_map(model: str) -> Exception:
 
 
 def open_artifact(
-    path: Path,
+    path: str,
     model: str | None,
     read: Callable[[dict[str, Any] | None], Interactions],
     item_map: Path | None,
     device: str = "cpu",
+    *,
+    revision: str | None = None,
 ) -> tuple[Artifact, Recommender, Interactions]:
     """An artifact, the model that it belongs to, and the data, read as the artifact recorded.
 
-    A path or function that the artifact merely records is shown, never opened or imported.
+    Without `model` it is the one on the Hub that the artifact records, at its recorded commit. A
+    path or function that it merely records is shown, never opened or imported.
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
 
-    artifact = load_artifact(path)
+    artifact = load_artifact(path, **hub_options(revision))
+    if model is None and artifact.base_model.get("repo_id"):
+        if item_map is not None:
+            raise no_item_map(artifact.base_model["repo_id"])
+        return artifact, artifact.load_base_model(device=device), read(artifact.data)
     if model is None:
         recorded = artifact.base_model.get("source")
         raise ArtifactError(
@@ -222,6 +251,15 @@ def open_artifact(
     rec, interactions = open_model(model, read, item_map, device, recorded=artifact.data)
     artifact.check(rec)
     return artifact, rec, interactions
+
+
+def not_on_hub(artifact: str, why: str) -> Exception:
+    """The error for an artifact on the Hub where one has to be here, since it is written to."""
+    from steerrec.errors import ArtifactError
+
+    return ArtifactError(
+        f"{artifact} is not a folder here, but {why}: get it with `steerrec pull {artifact} -o DIR`"
+    )
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

@@ -72,6 +72,8 @@ def load_recommender(
             raise ModelError(f"{text} is a folder here: it has no revision {hub['revision']!r}")
         return _adapter(_adapter_of_folder(path))(spec, device=device)
     name, _, rest = text.partition(":")
+    if holds_no_items(text) and hub.get("revision") is not None:
+        raise ModelError(f"{text} is a checkpoint here: it has no revision {hub['revision']!r}")
     if rest and name in _adapter_targets():
         return _adapter(name)(rest, device=device, **hub)
     if match := _FUNCTION.fullmatch(text):

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from steerrec.errors import HubError
+from steerrec.files import write_json
 
 Kind = Literal["MODEL", "ARTIFACT"]
 
@@ -134,6 +135,22 @@ def contents(
             card = card.replace(path, cut[path])
         found[CARD] = card.encode()
     return found
+
+
+def base_model_of(files: Mapping[str, Path | bytes]) -> dict[str, str] | None:
+    """Repository and commit of the base model that the record among these files names, if any."""
+    record = json.loads(dict(texts(files)).get(RECORD, "{}"))
+    found = record.get("base_model", {})
+    return {key: found[key] for key in ("repo_id", "revision")} if "repo_id" in found else None
+
+
+def remember(folder: Path, repo_id: str, revision: str) -> None:
+    """Write into the record of a MODEL folder where on the Hub the same files are."""
+    file = folder / RECORD
+    record = _json(file)
+    if not isinstance(record, dict | None):
+        raise HubError(f"{file} is not a JSON object; expected the record of a training run")
+    write_json(file, {**(record or {}), ORIGIN: {"repo_id": repo_id, "revision": revision}})
 
 
 def without_path(text: str) -> str:

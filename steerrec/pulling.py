@@ -8,6 +8,7 @@ the network, where the revision is the id of a commit.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,18 @@ from huggingface_hub.hf_api import RepoFile
 
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
+from steerrec.files import atomic_folder
 from steerrec.hub_client import client, hub_errors, patiently
 from steerrec.hub_names import check_repo_id, check_revision, check_subfolder, is_repo_id, is_sha
-from steerrec.published import PATTERNS, RECORD, is_part
+from steerrec.published import (
+    PATTERNS,
+    RECORD,
+    Kind,
+    files_of,
+    is_part,
+    kind_of,
+    remember,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,31 @@ class Snapshot(os.PathLike[str]):
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    def copy_to(self, path: str | Path) -> Kind:
+        """Copy the files of the format into a folder, after loading them; all of it or nothing.
+
+        A MODEL remembers where it is from, so that artifacts made from the copy name it as their
+        base model.
+
+        Parameters
+        ----------
+        path
+            The folder; one that is there is replaced.
+
+        Returns
+        -------
+        Kind
+            Whether it is a MODEL or an ARTIFACT.
+        """
+        kind = check_folder(self)
+        with atomic_folder(path) as folder:
+            for name, file in files_of(self.path, kind).items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
+            if kind == "MODEL":
+                remember(folder, self.repo_id, self.revision)
+        return kind
 
 
 def pull(
@@ -152,6 +187,20 @@ def local_folder(spec: str | Path | Snapshot, **hub: Any) -> Path | Snapshot:
         raise HubError(
             f"{spec} is no folder here, and cannot be had from the Hub: {error}"
         ) from error
+
+
+def check_folder(folder: Path | Snapshot) -> Kind:
+    """What a folder is, once it has been loaded without an error."""
+    kind = kind_of(Path(folder))
+    if kind == "MODEL":
+        from steerrec.loading import load_recommender
+
+        load_recommender(folder)
+    else:
+        from steerrec.artifacts import load_artifact
+
+        load_artifact(folder)
+    return kind
 
 
 def _files(snapshot: Path, inside: str) -> dict[str, Path]:

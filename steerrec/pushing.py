@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,19 @@ from huggingface_hub.hf_api import RepoFile
 
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
-from steerrec.files import write_json
 from steerrec.hub_client import client, hub_errors, patiently
 from steerrec.hub_names import check_repo_id, check_revision, is_sha
 from steerrec.published import (
     CARD,
-    ORIGIN,
-    RECORD,
     Kind,
+    base_model_of,
     belongs,
     contents,
-    kind_of,
+    remember,
     size_of,
     texts,
 )
-from steerrec.pulling import Snapshot
+from steerrec.pulling import Snapshot, check_folder
 from steerrec.recommender import Recommender
 
 
@@ -56,6 +54,9 @@ class Pushed:
         Id of the commit that holds them; None if nothing was sent.
     url
         Where to look at it: the repository, or the pull request.
+    base_model
+        Repository and commit that an ARTIFACT names as its base model; None if it names none, so
+        that whoever pulls it has to know the model.
     """
 
     repo_id: str
@@ -63,6 +64,7 @@ class Pushed:
     files: dict[str, int]
     revision: str | None = None
     url: str | None = None
+    base_model: dict[str, str] | None = None
 
 
 def push(
@@ -129,10 +131,12 @@ def push(
     if tag is not None and (is_sha(check_revision(tag)) or create_pr):
         raise HubError("a tag has a plain name, and a pull request gets none")
     folder = Path(folder)
-    kind, base_model = _checked(folder, rec)
+    kind = check_folder(folder)
+    base_model = _base_model(folder, kind, rec)
     files = contents(folder, kind, base_model=base_model, card=card)
     _refuse_secrets(files, token)
-    pushed = Pushed(repo_id, kind, {name: size_of(file) for name, file in files.items()})
+    sizes = {name: size_of(file) for name, file in files.items()}
+    pushed = Pushed(repo_id, kind, sizes, base_model=base_model_of(files))
     if dry_run:
         return pushed
     message = commit_message or f"{kind} pushed by steerrec {version('steerrec')}"
@@ -141,8 +145,9 @@ def push(
         if create_pr:  # a try whose answer was lost could not be told from none: only one
             return sending.propose(pushed)
         done = patiently(lambda: sending.commit(pushed, private))
-    if kind == "MODEL":
-        _remember(folder, done)
+    in_cache = folder.parent.name == "snapshots"  # where the client's own files are
+    if kind == "MODEL" and done.revision is not None and not in_cache:
+        remember(folder, repo_id, done.revision)
     return done
 
 
@@ -189,7 +194,7 @@ class _Push:
         if self.tag is not None and self.tag not in tags:
             self.api.create_tag(self.repo_id, tag=self.tag, revision=head, exist_ok=True)
         url = f"{self.api.endpoint}/{self.repo_id}"
-        return Pushed(self.repo_id, self.kind, pushed.files, head, url)
+        return replace(pushed, revision=head, url=url)
 
     def propose(self, pushed: Pushed) -> Pushed:
         operations = self._operations(self._head())
@@ -202,7 +207,7 @@ class _Push:
             revision=self.branch,
             create_pr=True,
         )
-        return Pushed(self.repo_id, self.kind, pushed.files, made.oid, made.pr_url)
+        return replace(pushed, revision=made.oid, url=made.pr_url)
 
     def _head(self) -> str:
         sha = self.api.repo_info(self.repo_id, revision=self.branch).sha
@@ -226,27 +231,22 @@ class _Push:
         ]
 
 
-def _checked(folder: Path, rec: Recommender | None) -> tuple[Kind, dict[str, Any] | None]:
-    """What a folder is, after loading it; and what to record of its base model."""
-    kind = kind_of(folder)
+def _base_model(folder: Path, kind: Kind, rec: Recommender | None) -> dict[str, Any] | None:
+    """What to record of the base model of an ARTIFACT, if `rec` is that."""
+    if rec is None:
+        return None
     if kind == "MODEL":
-        from steerrec.loading import load_recommender
-
-        load_recommender(folder)
-        return kind, None
+        raise HubError(f"{folder} is a MODEL; a base model goes with an ARTIFACT")
     from steerrec.artifacts import load_artifact
 
-    artifact = load_artifact(folder)
-    if rec is None:
-        return kind, None
-    artifact.check(rec)
+    load_artifact(folder, rec=rec)
     found = rec.describe()
     if not found.get("repo_id"):
         raise HubError(
             f"the model at {found.get('source')!r} is not from the Hub, so that others could not "
             "get it; push it first"
         )
-    return kind, {key: found[key] for key in ("repo_id", "revision", "source")}
+    return {key: found[key] for key in ("repo_id", "revision", "source")}
 
 
 def _refuse_secrets(files: dict[str, Path | bytes], token: str | bool | None) -> None:
@@ -254,17 +254,6 @@ def _refuse_secrets(files: dict[str, Path | bytes], token: str | bool | None) ->
     for name, text in texts(files):
         if secret and secret in text:
             raise HubError(f"{name} holds the token that this login uses; remove it from there")
-
-
-def _remember(folder: Path, pushed: Pushed) -> None:
-    """Write into a MODEL folder where it is on the Hub; not into one that is in a cache."""
-    file = folder / RECORD
-    if folder.parent.name == "snapshots" or file.is_symlink():
-        return
-    from steerrec.loading import model_record
-
-    origin = {"repo_id": pushed.repo_id, "revision": pushed.revision}
-    write_json(file, {**model_record(folder), ORIGIN: origin})
 
 
 @contextmanager
