@@ -1,7 +1,8 @@
 """Runs every fenced block of README.md and docs/*.md, so that no snippet goes stale.
 
 Each document has a namespace and a working directory of its own, with a small `steerrec demo` in
-`demo/`. What follows the fence says how a block is checked:
+`demo/`, and a Hub on this machine in which it is logged in as `acme`. What follows the fence says
+how a block is checked:
 
 ``python``
     executed, after the blocks before it
@@ -25,6 +26,7 @@ Anything else fails, and so does a relative link that leads nowhere.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -204,13 +206,25 @@ def docs_folder(docs_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("document")
     shutil.copytree(docs_demo, folder / "demo")
     known = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _loopback_hub() as hub:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", hub.add_user("acme", "hf_documentation"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         yield folder
     for name in set(sys.modules) - known:
         if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+def _loopback_hub() -> Any:
+    """The server of tests/hub, which is no part of any package."""
+    folder = Path(__file__).parent / "tests" / "hub"
+    spec = importlib.util.spec_from_file_location("loopback", folder / "__init__.py")
+    assert spec is not None
+    sys.modules["loopback"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("loopback.server").LoopbackHub()
 
 
 pytest_collect_file = Sybil(

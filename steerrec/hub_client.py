@@ -134,8 +134,8 @@ def _explained(error: Exception, repo_id: str, revision: str, endpoint: str) -> 
         return f"somebody else pushed to {repo_id} in the meantime; look at that, then push again"
     if status in _BUSY:
         return (
-            f"{endpoint} answers {status}, several tries in a row; nothing was changed here or "
-            "there: run again later"
+            f"{endpoint} answers {status}, several tries in a row; nothing half is kept: run the "
+            "same again later"
         )
     if status is not None:
         said = next((one.server_message for one in chain if isinstance(one, HfHubHTTPError)), None)
@@ -154,8 +154,8 @@ def _explained(error: Exception, repo_id: str, revision: str, endpoint: str) -> 
         return f"the transfer of {repo_id} broke off; nothing half is kept: run again"
     if among(_HTTP_ERROR, ConnectionError, TimeoutError):
         return (
-            f"{endpoint} cannot be reached ({_first_line(chain[-1])}); nothing was changed: check "
-            "the network, or work from the cache with HF_HUB_OFFLINE=1"
+            f"{endpoint} cannot be reached ({_first_line(chain[-1])}): check the network and run "
+            "the same again, or work from the cache with HF_HUB_OFFLINE=1"
         )
     return f"{repo_id} on {endpoint}: {_first_line(error)}"
 

@@ -54,6 +54,9 @@ class Snapshot(os.PathLike[str]):
     def __fspath__(self) -> str:
         return str(self.path)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def copy_to(self, path: str | Path) -> Kind:
         """Copy the files of the format into a folder, after loading them; all of it or nothing.
 
