@@ -83,9 +83,7 @@ def files_of(folder: Path, kind: Kind) -> dict[str, Path]:
         If one of them is a link to somewhere else than the folder, or than the Hub's cache that it
         is in; or a folder inside is a link.
     """
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append(folder.parent.parent.resolve())
+    roots = [root.resolve() for root in (folder, cache_of(folder)) if root is not None]
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -96,6 +94,13 @@ def files_of(folder: Path, kind: Kind) -> dict[str, Path]:
         if real.is_file() and belongs(name, kind):
             found[name] = path
     return found
+
+
+def cache_of(folder: Path) -> Path | None:
+    """The cache of the Hub's client that a folder is in: there files are links to blobs."""
+    found = (parent for parent in folder.absolute().parents if parent.name == "snapshots")
+    snapshots = next(found, None)
+    return None if snapshots is None else snapshots.parents[1]
 
 
 def contents(

@@ -29,6 +29,7 @@ from steerrec.published import (
     Kind,
     base_model_of,
     belongs,
+    cache_of,
     contents,
     remember,
     size_of,
@@ -145,8 +146,7 @@ def push(
         if create_pr:  # a try whose answer was lost could not be told from none: only one
             return sending.propose(pushed)
         done = patiently(lambda: sending.commit(pushed, private))
-    in_cache = folder.parent.name == "snapshots"  # where the client's own files are
-    if kind == "MODEL" and done.revision is not None and not in_cache:
+    if kind == "MODEL" and done.revision is not None and cache_of(folder) is None:
         remember(folder, repo_id, done.revision)
     return done
 
@@ -246,7 +246,8 @@ def _base_model(folder: Path, kind: Kind, rec: Recommender | None) -> dict[str, 
             f"the model at {found.get('source')!r} is not from the Hub, so that others could not "
             "get it; push it first"
         )
-    return {key: found[key] for key in ("repo_id", "revision", "source")}
+    repo_id, revision = found["repo_id"], found["revision"]
+    return {"repo_id": repo_id, "revision": revision, "source": repo_id}
 
 
 def _refuse_secrets(files: dict[str, Path | bytes], token: str | bool | None) -> None:

@@ -132,7 +132,7 @@ def test_an_artifact_comes_back_with_its_base_model(hub, model, tmp_path):
     assert by_name.base_model == found.base_model
 
 
-def test_the_base_model_is_recorded_on_the_way(hub, model, artifact):
+def test_the_base_model_is_recorded_on_the_way(hub, model, artifact, tmp_path):
     """Attached to a local model before that was pushed."""
     recorded = json.loads((artifact / "steerrec.json").read_text())["base_model"]
     assert recorded["source"] == str(model)
@@ -142,6 +142,8 @@ def test_the_base_model_is_recorded_on_the_way(hub, model, artifact):
         push(artifact, f"acme/popsteer{number}", rec=rec)
         found = load_artifact(f"acme/popsteer{number}").base_model
         assert (found["repo_id"], found["revision"]) == ("acme/sasrec", base.revision)
+        stored = published(hub, f"acme/popsteer{number}").values()
+        assert not any(str(tmp_path).encode() in content for content in stored)
         assert load_artifact(f"acme/popsteer{number}").load_base_model().repo_id == "acme/sasrec"
 
 
@@ -345,8 +347,35 @@ def test_a_subfolder(hub, artifact, model, tmp_path):
     HfApi(hub.url).create_commit("acme/both", operations, commit_message="both")
     found = load_artifact("acme/both", subfolder="sae/one")
     assert found.at().table("popularity")
+    snapshot = pull("acme/both", subfolder="sae/one")
+    assert snapshot.copy_to(tmp_path / "copy") == "ARTIFACT"
+    assert contents(tmp_path / "copy") == contents(artifact)
+    push(snapshot, "acme/copy")
+    assert set(published(hub, "acme/copy")) == set(contents(artifact))
     with pytest.raises(HubError, match="acme/both/other at 'main' holds neither a MODEL nor"):
         load_artifact("acme/both", subfolder="other")
+
+
+def test_a_cache_whose_blobs_are_shared_by_repositories(hub, artifact, cache, tmp_path):
+    """As the client lays it out for what came by xet: a blob is a link into `cache/blobs`."""
+    push(artifact, "acme/popsteer")
+    snapshot = pull("acme/popsteer")
+    shared = cache / "blobs" / "ab"
+    shared.mkdir(parents=True)
+    for blob in (cache / "models--acme--popsteer" / "blobs").iterdir():
+        blob.rename(shared / blob.name)
+        blob.symlink_to(os.path.relpath(shared / blob.name, blob.parent))
+    hub.seen.clear()
+    assert pull("acme/popsteer", revision=snapshot.revision) == snapshot
+    assert snapshot.copy_to(tmp_path / "copy") == "ARTIFACT"
+    assert hub.seen == []
+    target = (snapshot.path / "README.md").resolve()
+    assert target.parent == shared
+    target.write_bytes(b"!")
+    with pytest.raises(HubError, match=r"arrived damaged: README\.md"):
+        pull("acme/popsteer", revision=snapshot.revision)
+    assert not target.exists()
+    assert pull("acme/popsteer", revision=snapshot.revision) == snapshot
 
 
 def test_a_cache_of_ones_own(hub, artifact, cache, tmp_path):
