@@ -1,7 +1,8 @@
 """Runs every fenced block of README.md and docs/*.md, so that no snippet goes stale.
 
 Each document has a namespace and a working directory of its own, with a small `steerrec demo` in
-`demo/`. What follows the fence says how a block is checked:
+`demo/`, and a Hub on this machine in which it is logged in as `acme`. What follows the fence says
+how a block is checked:
 
 ``python``
     executed, after the blocks before it
@@ -25,11 +26,14 @@ Anything else fails, and so does a relative link that leads nowhere.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import os
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -40,6 +44,15 @@ import pytest
 from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.region import Lexeme
+
+# Read when huggingface_hub is imported: a cache of the tests' own, no login of the developer's, no
+# proxy in front of this machine, and uploads as the loopback Hub takes them.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="steerrec-hf-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _HF_HOME.name
+os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+for _name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
+    os.environ.pop(_name, None)
 
 _FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)\n"
@@ -193,13 +206,25 @@ def docs_folder(docs_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("document")
     shutil.copytree(docs_demo, folder / "demo")
     known = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _loopback_hub() as hub:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", hub.add_user("acme", "hf_documentation"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         yield folder
     for name in set(sys.modules) - known:
         if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+def _loopback_hub() -> Any:
+    """The server of tests/hub, which is no part of any package."""
+    folder = Path(__file__).parent / "tests" / "hub"
+    spec = importlib.util.spec_from_file_location("loopback", folder / "__init__.py")
+    assert spec is not None
+    sys.modules["loopback"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("loopback.server").LoopbackHub()
 
 
 pytest_collect_file = Sybil(

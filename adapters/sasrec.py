@@ -10,25 +10,33 @@ the end, …) are what other libraries' SASRecs compute, so that their weights g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
+from steerrec.adapters.weights import Weights, refuse_misfits
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError
+from steerrec.files import write_json
+from steerrec.hub import Pushed, Snapshot, push
+from steerrec.hub_names import is_repo_id, is_sha
+from steerrec.loading import model_record
+from steerrec.published import ORIGIN, RECORD
+from steerrec.pulling import local_folder
 from steerrec.recommender import ItemHead
 from steerrec.sites import Site, TokenIds
 
@@ -203,6 +211,26 @@ class SASRecModel(PreTrainedModel):
         )
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As transformers has it, but from safetensors alone, and with every weight or an error.
+
+        transformers itself only reports what is missing, and makes it up.
+
+        Raises
+        ------
+        ModelError
+            If a weight is missing, or one is there that the configuration does not want.
+        """
+        options = {"use_safetensors": True, **options}
+        load: Any = super().from_pretrained
+        model, report = load(*args, output_loading_info=True, **options)
+        missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+        if missing or unexpected:
+            source = args[0] if args else options.get("pretrained_model_name_or_path")
+            refuse_misfits(source, dict.fromkeys(unexpected, ()), dict.fromkeys(missing, ()))
+        return (model, report) if output_loading_info else model
+
     @property
     def item_matrix(self) -> Tensor:
         """What the user vector is multiplied with, without a padding row: [N, H]."""
@@ -271,9 +299,30 @@ AutoModel.register(SASRecConfig, SASRecModel)
 
 
 class SASRecRecommender:
-    """A `SASRecModel` and its catalogue as a `steerrec.Recommender`."""
+    """A `SASRecModel` and its catalogue as a `steerrec.Recommender`.
 
-    def __init__(self, model: SASRecModel, catalogue: Catalogue, source: str | None = None) -> None:
+    Attributes
+    ----------
+    model, catalogue
+        The model, frozen and in eval mode, and its items.
+    source
+        The folder or Hub id that it was loaded from.
+    repo_id, revision
+        Where on the Hub the same model is: its repository and the id of the commit.
+    record
+        What the MODEL folder records of its data and training.
+    """
+
+    def __init__(
+        self,
+        model: SASRecModel,
+        catalogue: Catalogue,
+        source: str | None = None,
+        *,
+        repo_id: str | None = None,
+        revision: str | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
         if model.config.num_items != len(catalogue):
             raise ModelError(
                 f"the model has {model.config.num_items} items, its catalogue {len(catalogue)}: "
@@ -282,6 +331,35 @@ class SASRecRecommender:
         self.model = model.eval().requires_grad_(False)
         self.catalogue = catalogue
         self.source = source
+        self.repo_id, self.revision = repo_id, revision
+        self.record = dict(record or {})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> SASRecRecommender:
+        """The same as `load`, by the name that it has in other libraries."""
+        return load(path, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Publish the model on the Hub as a MODEL, in one commit.
+
+        Artifacts that are made for it from now on name that commit as their base model.
+
+        Parameters
+        ----------
+        repo_id
+            ``org/name``.
+        **options
+            Those of `steerrec.push`: revision, token, private, create_pr, commit_message, tag,
+            endpoint, dry_run.
+        """
+        with TemporaryDirectory() as folder:
+            save(self, folder)
+            if self.record:
+                write_json(Path(folder) / RECORD, self.record)
+            pushed = push(folder, repo_id, **options)
+        if pushed.revision is not None and not options.get("create_pr"):
+            self.repo_id, self.revision = pushed.repo_id, pushed.revision
+        return pushed
 
     @cached_property
     def site(self) -> Site:
@@ -316,13 +394,14 @@ class SASRecRecommender:
         return scores
 
     def describe(self) -> dict[str, Any]:
-        """Adapter, source and architecture, for an artifact's record."""
+        """Adapter, source, place on the Hub and architecture, for an artifact's record."""
         keys = ("num_items", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         config = {key: getattr(self.model.config, key) for key in keys}
         for key in _UNSEEN:  # as far as they are not the default: new options change no record
             if (value := getattr(self.model.config, key)) != getattr(SASRecConfig, key):
                 config[key] = value
-        return {"adapter": "sasrec", "source": self.source, "config": config}
+        place = {"repo_id": self.repo_id, "revision": self.revision} if self.repo_id else {}
+        return {"adapter": "sasrec", "source": self.source, **place, "config": config}
 
 
 # What decides what is computed, and does not show in the weights.
@@ -337,19 +416,16 @@ _UNSEEN = (
     "positions_from_end",
     "layer_norm_eps",
 )
-ITEMS_FILE = "items.parquet"
+CONFIG_FILE, WEIGHTS_FILE, ITEMS_FILE = "config.json", "model.safetensors", "items.parquet"
 
 
 def load(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    path: str | Path | Snapshot, *, device: str | torch.device = "cpu", **hub: Any
 ) -> SASRecRecommender:
     """Load a saved MODEL folder (`config.json`, `model.safetensors`, `items.parquet`).
+
+    Names and shapes of the weights are compared with the configuration before anything is
+    allocated, and the files are data alone: no class is looked up by a name that they give.
 
     Parameters
     ----------
@@ -357,59 +433,44 @@ def load(
         The folder written by `save`, or the id of a Hub repository with the same files.
     device
         Where the model goes.
-    revision, token, cache_dir, local_files_only
-        As in transformers' `from_pretrained`, for a Hub repository.
+    **hub
+        Options of `steerrec.pull`, for a Hub repository.
 
     Raises
     ------
     ModelError
-        If a file is missing or the weights do not fit the configuration.
+        If a file is missing or damaged, or the weights do not fit the configuration.
+    HubError
+        If there is no such folder here, and no such repository that can be had.
     """
-    hub: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    items = Path(path) / ITEMS_FILE
-    if Path(path).is_dir() and not items.is_file():
+    where = local_folder(path, **hub)
+    folder = Path(where)
+    if not (folder / ITEMS_FILE).is_file():
         raise ModelError(
             f"{path} has no {ITEMS_FILE}, which holds the item ids; expected a folder written by "
             "`steerrec train`"
         )
     try:
-        model: SASRecModel
-        report: dict[str, Any]
-        if not Path(path).is_dir():
-            items = Path(hf_hub_download(str(path), ITEMS_FILE, **hub))
-        with _no_progress_bars():
-            model, report = SASRecModel.from_pretrained(  # type: ignore[misc]
-                path,
-                output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **hub,
-            )
+        model = _read_model(folder)
     except ModelError:
         raise
     except Exception as error:  # a stranger's files can make these libraries raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if not Path(path).is_dir():
-            raise ModelError(
-                f"{path} is no folder here, and cannot be had from the Hub ({reason})"
-            ) from error
         raise ModelError(f"{path} cannot be loaded as a SASRec model ({reason})") from error
-    misfits = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    misfits += [
-        f"{name} has shape {tuple(shape)}, expected {tuple(expected)}"
-        for name, shape, expected in sorted(report["mismatched_keys"])
-    ]
-    if misfits:
-        raise ModelError(
-            f"{path}: model.safetensors does not fit config.json: {'; '.join(misfits[:3])}"
-        )
     model.to(torch.device(device))  # type: ignore[arg-type]
-    return SASRecRecommender(model, Catalogue.read(items), source=str(path))
+    record = model_record(folder)
+    repo_id, revision = _origin(record)
+    source = str(path)
+    if isinstance(where, Snapshot):
+        source, repo_id, revision = where.repo_id, where.repo_id, where.revision
+    return SASRecRecommender(
+        model,
+        Catalogue.read(folder / ITEMS_FILE),
+        source,
+        repo_id=repo_id,
+        revision=revision,
+        record=record,
+    )
 
 
 def save(rec: SASRecRecommender, path: str | Path) -> None:
@@ -417,6 +478,32 @@ def save(rec: SASRecRecommender, path: str | Path) -> None:
     with _no_progress_bars():
         rec.model.save_pretrained(path)
     rec.catalogue.write(Path(path) / ITEMS_FILE)
+
+
+def _read_model(folder: Path) -> SASRecModel:
+    found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    known = SASRecConfig.__annotations__.keys() & found.keys()
+    config = SASRecConfig(**{name: found[name] for name in known})
+    weights = Weights(folder / WEIGHTS_FILE)
+    if config.num_hidden_layers > len(weights):
+        raise ModelError(
+            f"{folder}: {CONFIG_FILE} wants {config.num_hidden_layers} layers, {WEIGHTS_FILE} has "
+            f"{len(weights)} tensors"
+        )
+    with torch.device("meta"):
+        model = SASRecModel(config)
+    weights.fill(model)
+    return model
+
+
+def _origin(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Where on the Hub a folder was pushed to, or pulled from, by its record."""
+    origin = record.get(ORIGIN)
+    found = origin if isinstance(origin, dict) else {}
+    repo_id, revision = found.get("repo_id"), found.get("revision")
+    if isinstance(repo_id, str) and is_repo_id(repo_id) and is_sha(revision):
+        return repo_id, revision
+    return None, None
 
 
 @contextmanager

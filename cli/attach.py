@@ -51,6 +51,7 @@ def attach(
     ] = 200_000,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
+    revision: opt.Revision = None,
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
@@ -92,7 +93,7 @@ def attach(
         dedup=dedup,
         format=format,
     )
-    rec, interactions = opt.open_model(model, read, item_map, device)
+    rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
     if start is not None:
         site = start.site
     else:

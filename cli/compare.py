@@ -25,7 +25,7 @@ _FILES = ("compare.json", "compare.csv", "compare.png")
 
 
 def compare(
-    artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
+    artifact: opt.ArtifactArgument,
     data: opt.DataOption,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder of the results.", show_default=False)
@@ -45,7 +45,8 @@ def compare(
         int, typer.Option("--bootstrap", min=1, help="Replicates for intervals and p-values.")
     ] = 500,
     seed: opt.Seed = 0,
-    layer: opt.Layer = None,
+    site: opt.SiteName = None,
+    revision: opt.Revision = None,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
@@ -79,9 +80,11 @@ def compare(
         dedup=dedup,
         format=format,
     )
-    opened, rec, interactions = opt.open_artifact(artifact, model, read, item_map, device)
+    opened, rec, interactions = opt.open_artifact(
+        artifact, model, read, item_map, device, site=site, revision=revision
+    )
     opt.check_k(k, rec)
-    here = opened.at(layer)
+    here = opened.at(site)
     if here.site != rec.site:
         raise SiteError(
             f"the SAE is at {here.site.name}, not at the scored vector ({rec.site.name}): there "

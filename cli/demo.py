@@ -45,12 +45,12 @@ def demo(
     _say(started, f"steerrec attach {model} --data {data} -o {artifact} --latents {latents}")
     attach(str(model), data, artifact, latents=latents, seed=seed)
     _say(started, f"steerrec score {artifact} --model {model} --data {data}")
-    score(artifact, data, str(model), seed=seed)
+    score(str(artifact), data, str(model), seed=seed)
     _say(
         started,
         f"steerrec steer {artifact} --model {model} --data {data} --sweep -o {output}/sweep",
     )
-    steer(artifact, data, str(model), sweep=True, output=output / "sweep")
+    steer(str(artifact), data, str(model), sweep=True, output=output / "sweep")
     _say(started, f"done: look at {output / 'sweep' / 'sweep.png'}")
 
 

@@ -25,6 +25,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option("--split", help="Held-out part.")] = SplitName.test,
     mask_seen: opt.MaskSeen = False,
     device: opt.Device = "cpu",
+    revision: opt.Revision = None,
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
@@ -47,7 +48,7 @@ def evaluate(
         dedup=dedup,
         format=format,
     )
-    rec, interactions = opt.open_model(model, read, item_map, device)
+    rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
     opt.check_k(k, rec)
     found = evaluation.evaluate(
         rec, opt.split_for(rec, interactions), which=split.value, k=k, mask_seen=mask_seen

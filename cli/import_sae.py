@@ -29,7 +29,7 @@ def import_sae(
             show_default=False,
         ),
     ],
-    model: Annotated[str, typer.Argument(help="The MODEL that it was trained on.")],
+    model: Annotated[str, typer.Argument(help="MODEL folder or Hub id that it was trained on.")],
     data: opt.DataOption,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="ARTIFACT folder to write.", show_default=False)
@@ -56,6 +56,7 @@ def import_sae(
         typer.Option("--part", help="Module of a PopSteer checkpoint with several SAEs."),
     ] = None,
     device: opt.Device = "cpu",
+    revision: opt.Revision = None,
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
     item_col: opt.ItemCol = None,
@@ -93,7 +94,7 @@ def import_sae(
         dedup=dedup,
         format=format,
     )
-    rec, interactions = opt.open_model(model, read, item_map, device)
+    rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
     site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
     count_firings(rec, site, width=imported.d_in)
     if adding:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def layers(
     model: Annotated[str, typer.Argument(help=opt.MODEL_HELP)],
+    revision: opt.Revision = None,
     device: opt.Device = "cpu",
     json_output: opt.Json = False,
 ) -> None:
@@ -22,7 +23,7 @@ def layers(
     from steerrec.layers import site_report
     from steerrec.loading import load_recommender
 
-    rec = load_recommender(model, device=device)
+    rec = load_recommender(model, device=device, **opt.hub_options(revision))
     report = site_report(rec)
     if json_output:
         opt.print_json(

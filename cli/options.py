@@ -63,6 +63,9 @@ Format = Annotated[
         rich_help_panel="Data",
     ),
 ]
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="ARTIFACT folder or Hub id.", show_default=False)
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -96,6 +99,10 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", 
 ItemMap = Annotated[
     Path | None,
     typer.Option("--item-map", help="Table of a checkpoint's item numbers and your item ids."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit, of what is on the Hub; main if none."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -208,22 +215,15 @@ def open_model(
     *,
     recorded: dict[str, Any] | None = None,
     items: Catalogue | None = None,
+    revision: str | None = None,
 ) -> tuple[Recommender, Interactions]:
     """A model and the data for it, read as the model recorded it unless `recorded` says otherwise.
 
     A checkpoint that holds no ids gets those of the item map, else `items`, else of the data.
     """
-    from steerrec.data import TIME
-    from steerrec.loading import (
-        check_settings,
-        holds_no_items,
-        items_of,
-        load_recommender,
-        model_record,
-    )
-    from steerrec.recommender import columns_read
+    from steerrec.loading import check_settings, holds_no_items, items_of, load_recommender
 
-    if holds_no_items(model):
+    if holds_no_items(model) and revision is None:
         check_settings(model)
         interactions = read(recorded)
         if items is None or item_map is not None:
@@ -231,9 +231,31 @@ def open_model(
         return load_recommender(model, device=device, items=items), interactions
     if item_map is not None:
         raise no_item_map(model)
-    rec = load_recommender(model, device=device)
-    recorded = model_record(model).get("data") if recorded is None else recorded
-    return rec, read(recorded, keep=[name for name in columns_read(rec) if name != TIME])
+    rec = load_recommender(model, device=device, **hub_options(revision))
+    if recorded is None:
+        record = getattr(rec, "record", None)
+        recorded = record.get("data") if isinstance(record, dict) else None
+    return rec, read(recorded, keep=columns_to_keep(rec))
+
+
+def columns_to_keep(rec: Recommender) -> list[str]:
+    """Columns of the data, beside the time, that a model reads."""
+    from steerrec.data import TIME
+    from steerrec.recommender import columns_read
+
+    return [name for name in columns_read(rec) if name != TIME]
+
+
+def hub_options(revision: str | None) -> dict[str, Any]:
+    """What to give on to where something may be loaded from the Hub."""
+    return {} if revision is None else {"revision": revision}
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether an ARTIFACT is to come from the Hub: it has the form of an id, and is not here."""
+    from steerrec.hub_names import is_repo_id
+
+    return is_repo_id(name) and not Path(name).exists()
 
 
 def no_item_map(model: str) -> Exception:
@@ -244,7 +266,7 @@ def no_item_map(model: str) -> Exception:
 
 
 def open_artifact(
-    path: Path,
+    path: str,
     model: str | None,
     read: Callable[..., Interactions],
     item_map: Path | None,
@@ -252,29 +274,37 @@ def open_artifact(
     *,
     site: str | None = None,
     strict: bool = True,
+    revision: str | None = None,
 ) -> tuple[Artifact, Recommender, Interactions]:
     """An artifact, the model that it belongs to, and the data, read as the artifact recorded.
 
-    A checkpoint that holds no ids has those that the artifact was made with. A path or function
-    that the artifact merely records is shown, never opened or imported. With `strict` off another
-    model passes, and how well the SAE of `site` fits it is noted.
+    Without `model` it is the one on the Hub that the artifact records, at its recorded commit. A
+    path or function that it merely records is shown, never opened or imported. A checkpoint that
+    holds no ids has those that the artifact was made with. With `strict` off another model passes,
+    and how well the SAE of `site` fits it is noted.
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
     from steerrec.untrusted import printable
 
-    artifact = load_artifact(path)
+    artifact = load_artifact(path, **hub_options(revision))
     artifact.at(site)  # before the model is opened
-    if model is None:
+    if model is None and artifact.base_model.get("repo_id"):
+        if item_map is not None:
+            raise no_item_map(printable(str(artifact.base_model["repo_id"])))
+        rec = artifact.load_base_model(device=device, strict=strict)
+        interactions = read(artifact.data, keep=columns_to_keep(rec))
+    elif model is None:
         recorded = printable(str(artifact.base_model.get("source")), limit=1000)
         raise ArtifactError(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
             f"word; give it with --model {recorded}"
         )
-    rec, interactions = open_model(
-        model, read, item_map, device, recorded=artifact.data, items=artifact.items
-    )
-    artifact.check(rec, strict=strict)
+    else:
+        rec, interactions = open_model(
+            model, read, item_map, device, recorded=artifact.data, items=artifact.items
+        )
+        artifact.check(rec, strict=strict)
     if not strict and (differing := artifact.differences(rec)):
         fit = artifact.measure_fit(rec, split_for(rec, interactions).train, site=site)
         note(f"{path} was made for another model (other {' and '.join(differing)}): {fit}")
@@ -301,6 +331,15 @@ def refuse_held(output: Path, rec: Recommender, site: Site) -> None:
             "or replace the whole artifact with --force"
         )
     artifact.check(rec)
+
+
+def not_on_hub(artifact: str, why: str) -> Exception:
+    """The error for an artifact on the Hub where one has to be here, since it is written to."""
+    from steerrec.errors import ArtifactError
+
+    return ArtifactError(
+        f"{artifact} is not a folder here, but {why}: get it with `steerrec pull {artifact} -o DIR`"
+    )
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def score(
-    artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
+    artifact: opt.ArtifactArgument,
     data: opt.DataOption,
     model: opt.ModelOption = None,
     contrast: Annotated[
@@ -27,6 +27,11 @@ def score(
     top: Annotated[int, typer.Option("--top", min=1, help="Neurons to show.")] = 10,
     site: opt.SiteName = None,
     strict: opt.Strict = True,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Write ARTIFACT with the table there instead."),
+    ] = None,
+    revision: opt.Revision = None,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
@@ -36,6 +41,7 @@ def score(
     k_core: opt.KCore = None,
     dedup: opt.Dedup = None,
     format: opt.Format = None,
+    force: opt.Force = False,
     json_output: opt.Json = False,
 ) -> None:
     """Tell by synthetic users which neurons carry a contrast; the table goes into ARTIFACT."""
@@ -48,6 +54,11 @@ def score(
     if contrast != "popularity":
         raise DataError(f"unknown contrast {contrast!r}; expected popularity")
 
+    if output is not None:
+        opt.refuse_existing(output, force, kind="ARTIFACT folder")
+    elif opt.is_on_hub(artifact):
+        raise opt.not_on_hub(artifact, "the table goes into it, or into another with --output")
+
     read = partial(
         opt.read_data,
         data,
@@ -59,7 +70,7 @@ def score(
         format=format,
     )
     opened, rec, interactions = opt.open_artifact(
-        artifact, model, read, item_map, device, site=site, strict=strict
+        artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     here = opened.at(site)
     split = opt.split_for(rec, interactions)
@@ -74,11 +85,14 @@ def score(
     )
     if not strict:
         table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
-    file = save_table(artifact, here.site, table)
+    if output is None:
+        file = str(save_table(artifact, here.site, table))
+    else:
+        here.tables[table.name] = table
+        opened.save(output)
+        file = str(output)
     if json_output:
-        opt.print_json(
-            {"table": str(file), "contrast": table.contrast, "top": _strongest(table, top)}
-        )
+        opt.print_json({"table": file, "contrast": table.contrast, "top": _strongest(table, top)})
         return
     label = {1: table.contrast["group_a"]["label"], -1: table.contrast["group_b"]["label"]}
     rows = [

@@ -39,7 +39,7 @@ class SpliceName(StrEnum):
 
 
 def steer(
-    artifact: Annotated[Path, typer.Argument(help="ARTIFACT folder.", show_default=False)],
+    artifact: opt.ArtifactArgument,
     data: opt.DataOption,
     model: opt.ModelOption = None,
     alpha: Annotated[
@@ -87,6 +87,7 @@ def steer(
     ] = None,
     site: opt.SiteName = None,
     strict: opt.Strict = True,
+    revision: opt.Revision = None,
     device: opt.Device = "cpu",
     item_map: opt.ItemMap = None,
     user_col: opt.UserCol = None,
@@ -118,6 +119,9 @@ def steer(
     if recipe and (neurons or splice or popsteer_compat):
         raise typer.BadParameter("--recipe says itself which neurons to turn, and how")
 
+    if save and opt.is_on_hub(artifact):
+        raise opt.not_on_hub(artifact, "--save writes a recipe into it")
+
     read = partial(
         opt.read_data,
         data,
@@ -129,7 +133,7 @@ def steer(
         format=format,
     )
     opened, rec, interactions = opt.open_artifact(
-        artifact, model, read, item_map, device, site=site, strict=strict
+        artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     opt.check_k(k, rec)
     here = opened.at(site)

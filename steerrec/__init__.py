@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from steerrec.operations import ResponseTransform as ResponseTransform
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
+    from steerrec.pulling import pull as pull
+    from steerrec.pushing import push as push
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
@@ -102,6 +104,8 @@ _HOME = {
     "plot_frontiers": "report",
     "plot_tradeoff": "report",
     "popularity_contrast": "profiles",
+    "pull": "pulling",
+    "push": "pushing",
     "read_interactions": "data",
     "recommend": "evaluation",
     "score_neurons": "attribution",

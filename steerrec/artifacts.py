@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from steerrec.artifact_fit import Fit, measure_fit
 from steerrec.artifact_record import FORMAT_VERSION, KNOWN, minor, read_record, versions
@@ -36,10 +37,16 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ArtifactError, ArtifactWarning, DataError, SiteError
 from steerrec.files import atomic_folder, recover_folder, write_json
+from steerrec.hub_names import check_repo_id, is_repo_id, is_sha
+from steerrec.published import cache_of
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
 from steerrec.untrusted import json_able, open_inside, read_json, shown
+
+if TYPE_CHECKING:
+    from steerrec.pulling import Snapshot
+    from steerrec.pushing import Pushed
 
 __all__ = [
     "CONFIG",
@@ -191,6 +198,77 @@ class Artifact:
             if any(mark.get(key) != found[key] for mark in recorded if key in mark or key != _LATER)
         ]
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | Snapshot,
+        *,
+        rec: Recommender | None = None,
+        strict: bool = True,
+        **options: Any,
+    ) -> Artifact:
+        """The same as `load_artifact`, by the name that it has in other libraries."""
+        return load_artifact(path, rec=rec, strict=strict, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Publish the artifact on the Hub in one commit.
+
+        Parameters
+        ----------
+        repo_id
+            ``org/name``.
+        **options
+            Those of `steerrec.push`: revision, token, private, create_pr, commit_message, tag,
+            endpoint, dry_run, rec.
+        """
+        from steerrec.pushing import push
+
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / "artifact")
+            return push(Path(folder) / "artifact", repo_id, **options)
+
+    def load_base_model(
+        self, *, device: str = "cpu", strict: bool = True, **hub: Any
+    ) -> Recommender:
+        """The model that the artifact was made for, from the Hub, at the commit that is recorded.
+
+        Parameters
+        ----------
+        device
+            Where the model goes.
+        strict
+            As for `check`.
+        **hub
+            Options of `steerrec.pull`: token, cache_dir, local_files_only, endpoint.
+
+        Raises
+        ------
+        ArtifactError
+            If no commit on the Hub is recorded (a recorded path or function is never opened on the
+            artifact's word), or what is there is another model.
+        HubError
+            If it cannot be had.
+        """
+        from steerrec.loading import load_recommender
+        from steerrec.pulling import pull
+
+        repo_id, revision = self.base_model.get("repo_id"), self.base_model.get("revision")
+        if repo_id is None:
+            raise ArtifactError(
+                f"the artifact was made for the model at {shown(self._source(), 1000)}, "
+                "which is not on the Hub: load that model yourself"
+            )
+        if not is_sha(revision):
+            raise ArtifactError(
+                f"the artifact names {shown(revision)} as the revision of its base model; expected "
+                "the id of a commit, 40 hex digits"
+            )
+        rec = load_recommender(
+            pull(check_repo_id(repo_id), revision=revision, **hub), device=device
+        )
+        self.check(rec, strict=strict)
+        return rec
+
     def check(self, rec: Recommender, *, strict: bool = True) -> None:
         """Raise ArtifactError unless the artifact was made for this very model.
 
@@ -291,19 +369,20 @@ class Artifact:
 
 
 def load_artifact(
-    path: str | Path,
+    path: str | Path | Snapshot,
     *,
     rec: Recommender | None = None,
     strict: bool = True,
     histories: Histories | None = None,
     root: str | Path | None = None,
+    **hub: Any,
 ) -> Artifact:
     """Read an artifact folder, checking everything in it.
 
     Parameters
     ----------
     path
-        The folder.
+        The folder, or the id of a Hub repository.
     rec
         The model that it is to be used with; its fingerprint is compared.
     strict
@@ -312,13 +391,18 @@ def load_artifact(
         With ``strict=False``, training histories: on another model the FVU of every SAE is then
         measured, with a warning where it no longer fits (`Fit`).
     root
-        Where files that are links may lead; the folder itself by default. The Hub's cache keeps
-        files as links to others beside the folder.
+        Where files that are links may lead; the folder itself by default, and the Hub's cache for
+        what was pulled.
+    **hub
+        Options of `steerrec.pull` for a Hub repository: revision, token, cache_dir,
+        local_files_only, subfolder, endpoint.
 
     Raises
     ------
     ArtifactError
         If a file is missing or damaged, or the artifact belongs to another model.
+    HubError
+        If there is no such folder here, and no such repository that can be had.
 
     Warns
     -----
@@ -326,9 +410,16 @@ def load_artifact(
         If a newer steerrec wrote what this one does not know (it is kept by `Artifact.save`), or
         an SAE no longer fits.
     """
-    folder = Path(path)
-    recover_folder(folder)
-    artifact, newer = _read(folder, Path(root or path))
+    where: str | Path | Snapshot = path
+    recover_folder(Path(path))
+    if hub or (is_repo_id(str(path)) and not Path(path).exists()):
+        from steerrec.pulling import local_folder
+
+        where = local_folder(path, **hub)
+    folder = Path(where)
+    if not isinstance(where, str | Path):  # files of the Hub's client are links into its cache
+        root = root or cache_of(folder)
+    artifact, newer = _read(folder, Path(root or folder))
     if newer:
         warnings.warn(newer, ArtifactWarning, stacklevel=2)
     if rec is None:

@@ -41,5 +41,9 @@ class StorageError(SteerrecError):
     """A file cannot be written: no space, no permission, or something else is in its place."""
 
 
+class HubError(SteerrecError):
+    """The Hub refuses, does not answer, or sends what is not what it says it is."""
+
+
 class ArtifactWarning(UserWarning):
     """Something in an artifact is not understood and passed over, or may not fit its model."""

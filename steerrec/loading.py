@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerrec.data import Catalogue, Interactions
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
+from steerrec.hub_names import is_repo_id
 from steerrec.recommender import Recommender
-from steerrec.specs import HUB_OPTIONS, is_there, read_settings, settings_of, split_spec
+from steerrec.specs import is_there, read_settings, settings_of, split_spec
+
+if TYPE_CHECKING:
+    from steerrec.pulling import Snapshot
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILT_IN = {
     "sasrec": "steerrec.adapters.sasrec:load",
     "recbole": "steerrec.adapters.recbole_checkpoint:load",
@@ -31,7 +35,11 @@ _MODEL_TYPES = {"steerrec_sasrec": "sasrec"}
 
 
 def load_recommender(
-    spec: str | Path, *, device: str = "cpu", items: Catalogue | None = None, **options: Any
+    spec: str | Path | Snapshot,
+    *,
+    device: str = "cpu",
+    items: Catalogue | None = None,
+    **options: Any,
 ) -> Recommender:
     """Load a recommender.
 
@@ -48,15 +56,17 @@ def load_recommender(
         The items in the order of the model's own ids, for a checkpoint of another library, which
         does not hold them.
     **options
-        `revision`, `token`, `cache_dir`, `local_files_only`, for a Hub repository; or an adapter's
-        settings, such as `heads`.
+        Options of `steerrec.pull` for a Hub repository: revision, token, cache_dir,
+        local_files_only, subfolder, endpoint; or an adapter's settings, such as `heads`.
 
     Raises
     ------
     ModelError
         If nothing of the kind can be found or loaded, or the adapter has no such setting.
+    HubError
+        If a Hub repository does not exist or cannot be had.
     """
-    text = str(spec)
+    text = os.fspath(spec)
     path = Path(spec)
     recover_folder(path)
     if items is not None:
@@ -64,10 +74,12 @@ def load_recommender(
             raise ModelError(f"{text} holds its own items; expected no others, nor an item map")
         options["items"] = items
     if is_there(path) and path.is_dir():
-        if extra := sorted(options.keys() - HUB_OPTIONS):
-            raise ModelError(f"{text} holds its own settings; expected no {extra[0]}")
-        return _adapter(_adapter_of_folder(path))(path, device=device)
+        if options.get("revision") is not None:
+            raise ModelError(f"{text} is a folder here: it has no revision {options['revision']!r}")
+        return _adapter(_adapter_of_folder(path))(spec, device=device)
     name, _, rest = text.partition(":")
+    if holds_no_items(text) and options.get("revision") is not None:
+        raise ModelError(f"{text} is a checkpoint here: it has no revision {options['revision']!r}")
     if rest and name in _adapter_targets():
         return _open(name, rest, {"device": device, **options})
     if match := _FUNCTION.fullmatch(text):
@@ -76,8 +88,10 @@ def load_recommender(
                 f"{text} is a function: it chooses device and revision by itself; expected neither"
             )
         return _from_function(match["module"], match["function"])
-    if _HUB_ID.fullmatch(text) and not is_there(path):
-        return _open("sasrec", text, {"device": device, **options})
+    if is_repo_id(text) and not is_there(path):
+        from steerrec.pulling import local_folder
+
+        return load_recommender(local_folder(text, **options), device=device)
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ import torch
 
 from steerrec.cli.app import run
 from steerrec.data import Interactions, simulate
+
+from ..hub.server import LoopbackHub
 
 COLUMNS = ("--user-col", "who", "--item-col", "what", "--time-col", "when")
 SMALL_MODEL = ("--hidden-size", "32", "--layers", "1", "--max-length", "20", "--batch-size", "64")
@@ -119,6 +122,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     scored = steerrec(*score, "--json")
     assert scored.code == 0, scored.err
     return World(folder, trained, attached, scored)
+
+
+TOKEN = "hf_acmeacmeacmeacmeacmeacmeacme"
+OTHER = "hf_otherotherotherotherother"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub of this test's own, with an empty cache, and the login of `acme`; no pauses."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    no_pauses = SimpleNamespace(sleep=lambda seconds: None)
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", no_pauses)
+    monkeypatch.setattr("steerrec.hub_client.time", no_pauses)
+    with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.add_user("acme", TOKEN)
+        hub.add_user("other", OTHER)
+        yield hub
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """The cache that `hub` sets up."""
+    return tmp_path / "cache"
 
 
 def write_visits(interactions: Interactions, folder: Path) -> None:

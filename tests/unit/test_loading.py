@@ -11,7 +11,7 @@ import torch
 from steerrec import loading
 from steerrec.adapters.sasrec import SASRecRecommender, save
 from steerrec.data import Histories
-from steerrec.errors import ModelError
+from steerrec.errors import HubError, ModelError
 from steerrec.loading import load_recommender, model_record
 
 from .toy_models import tiny_sasrec
@@ -37,7 +37,7 @@ def same_scores(one, other):
 
 def refusal(spec, **options):
     """The one line in which a spec is refused."""
-    with pytest.raises(ModelError) as error:
+    with pytest.raises((ModelError, HubError)) as error:
         load_recommender(spec, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -78,9 +78,21 @@ def test_a_revision_of_a_hub_id(cached, spec):
     assert same_scores(loaded, tiny_sasrec(seed=1))
 
 
-@pytest.mark.parametrize("spec", ["acme/other", "sasrec:acme/other", "sasrec:/no/such/folder"])
+@pytest.mark.parametrize("spec", ["acme/other", "sasrec:acme/other"])
 def test_what_is_not_on_the_hub(cached, spec):
-    assert "is no folder here, and cannot be had from the Hub" in refusal(spec, **cached)
+    message = refusal(spec, **cached)
+    assert "acme/other is no folder here, and cannot be had from the Hub" in message
+    assert "is not in the cache, or not all of it, and the network is off" in message
+
+
+def test_a_folder_that_is_not_there():
+    assert "/no/such/folder has no items.parquet" in refusal("sasrec:/no/such/folder")
+
+
+def test_a_revision_of_a_folder(folder):
+    assert "is a folder here: it has no revision 'v1'" in refusal(folder, revision="v1")
+    message = refusal(f"sasrec:{folder}", revision="v1")
+    assert "is not the id of a repository on the Hub: it has no revision 'v1'" in message
 
 
 def test_a_folder_goes_before_a_hub_id_of_the_same_name(rec, folder, monkeypatch):

@@ -74,6 +74,11 @@ def test_data_needs_no_torch():
     assert "torch" not in loaded
 
 
+def test_a_folder_is_loaded_without_the_client_of_the_hub():
+    code = "import steerrec; steerrec.load_artifact, steerrec.load_recommender, steerrec.attach"
+    assert loaded_by(code, ("torch", "huggingface_hub")) == ["torch"]
+
+
 def test_help_imports_nothing_heavy():
     for arguments in (["--help"], ["train", "--help"], ["--version"]):
         code = f"""

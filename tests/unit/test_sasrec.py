@@ -405,6 +405,109 @@ def test_a_missing_weight_is_named(folder):
         load(folder)
 
 
+def test_a_weight_too_many_is_named(folder):
+    change_weights(folder, lambda weights: weights.update({"backdoor.weight": torch.zeros(9)}))
+    with pytest.raises(ModelError, match=r"backdoor\.weight is not expected"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"final_norm.bias": None}, r"final_norm\.bias is missing"),
+        ({"backdoor.weight": torch.zeros(9)}, r"backdoor\.weight is not expected"),
+    ],
+)
+@pytest.mark.parametrize("auto", [SASRecModel, AutoModel])
+def test_transformers_makes_up_no_weight_and_drops_none(folder, auto, change, complaint):
+    def apply(weights):
+        for name, tensor in change.items():
+            if tensor is None:
+                del weights[name]
+            else:
+                weights[name] = tensor
+
+    change_weights(folder, apply)
+    with pytest.raises(ModelError, match=f"{folder} does not fit its configuration: {complaint}"):
+        auto.from_pretrained(folder)
+
+
+def test_transformers_reads_no_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for auto in (SASRecModel, AutoModel):
+        with pytest.raises(OSError, match="safetensors"):
+            auto.from_pretrained(folder)
+
+
+def test_the_report_of_transformers_is_still_to_be_had(folder):
+    model, report = SASRecModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, SASRecModel)
+    assert not report["missing_keys"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_everything_that_a_model_holds_is_saved(settings, tmp_path):
+    """What is not, such as a non-persistent buffer, would come back from loading as garbage."""
+    model = tiny_sasrec(**settings).model
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert set(held) == set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(held)
+    for module in AutoModel.from_pretrained(tmp_path).modules():
+        assert not any(isinstance(value, torch.Tensor) for value in vars(module).values())
+
+
+def test_a_saved_folder_asks_for_no_code(folder):
+    """A class of one's own in the folder would be run by whoever trusts it."""
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert not list(folder.glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_items": 10**12},
+        {"hidden_size": 10**9, "num_attention_heads": 1},
+        {"num_hidden_layers": 10**9},
+        {"max_position_embeddings": 10**12},
+        {"num_items": -5},
+        {"quantization_config": {"quant_method": "bitsandbytes"}, "num_items": 11},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_allocates_nothing(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError):
+        load(folder)
+
+
+def test_settings_of_other_models_are_passed_over(folder):
+    """Such as those that make transformers load kernels, or code."""
+    config = json.loads((folder / "config.json").read_text())
+    hostile = {
+        "auto_map": {"AutoModel": "evil.Evil"},
+        "_attn_implementation_internal": "evil/kernel",
+        "quantization_config": {"quant_method": "awq"},
+        "architectures": ["Evil"],
+    }
+    (folder / "config.json").write_text(json.dumps(config | hostile))
+    assert torch.equal(load(folder).model.score(IDS), tiny_sasrec().model.score(IDS))
+
+
+def test_weights_that_are_no_numbers_are_refused(folder):
+    change_weights(folder, lambda weights: weights["final_norm.bias"].fill_(float("nan")))
+    with pytest.raises(ModelError, match=r"final_norm\.bias holds what is not a finite number"):
+        load(folder)
+
+
+def test_a_header_without_end_is_not_read(folder):
+    (folder / "model.safetensors").write_bytes((10**9).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelError, match="has a header of 1000000000 bytes"):
+        load(folder)
+
+
 def test_a_weight_of_another_shape_is_named(folder):
     change_weights(folder, lambda weights: weights.update({"final_norm.bias": torch.zeros(9)}))
     with pytest.raises(ModelError, match=r"final_norm\.bias has shape \(9,\), expected \(8,\)"):
