@@ -72,6 +72,7 @@ def attach(
         format=format,
     )
     rec, interactions = opt.open_model(model, read, item_map, device)
+    opt.warn_unless_conforming(rec)
     site = site_at(rec, layer, call=opt.call_of(call)) if layer else rec.site
     split = opt.split_for(rec, interactions)
     work = opt.partial(output)
@@ -96,6 +97,7 @@ def attach(
     artifact = Artifact.create(
         rec, sae, site=site, training=summary, data=interactions.preparation.to_dict()
     )
+    artifact.base_model["source"] = artifact.base_model["source"] or model
     artifact.save(output)
     if keep_activations:
         opt.note(f"activations are in {work / 'activations'}")

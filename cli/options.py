@@ -215,6 +215,10 @@ def open_artifact(
     artifact = load_artifact(path)
     if model is None:
         recorded = artifact.base_model.get("source")
+        if recorded is None:
+            raise ArtifactError(
+                f"{path} does not record where its model came from; give it with --model"
+            )
         raise ArtifactError(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
             f"word; give it with --model {recorded}"
@@ -222,6 +226,23 @@ def open_artifact(
     rec, interactions = open_model(model, read, item_map, device, recorded=artifact.data)
     artifact.check(rec)
     return artifact, rec, interactions
+
+
+def warn_unless_conforming(rec: Recommender) -> None:
+    """Say what is wrong with a recommender before anything is computed with it.
+
+    A warning and no error: a model in half precision is off by more than the check allows.
+    """
+    from steerrec.conformance import conformance
+    from steerrec.errors import ModelWarning
+
+    if problems := conformance(rec).problems:
+        warnings.warn(
+            f"{type(rec.model).__name__} is not wrapped right, so that the numbers are not "
+            f"its own: {'; '.join(problems)}",
+            ModelWarning,
+            stacklevel=2,
+        )
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

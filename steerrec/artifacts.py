@@ -123,7 +123,8 @@ class Artifact:
     ) -> Artifact:
         """A new artifact with one SAE for a recommender."""
         site = site or rec.site
-        base = {**rec.describe(), "fingerprint": {site.folder: fingerprint(rec, site)}}
+        known = {"adapter": type(rec).__name__, "source": None, **rec.describe()}
+        base = {**known, "fingerprint": {site.folder: fingerprint(rec, site)}}
         here = SiteArtifact(site, sae, dict(training or {}))
         return cls(base, {site.folder: here}, dict(data or {}))
 
@@ -197,6 +198,10 @@ class Artifact:
             "versions": _versions(),
         }
 
+    def _origin(self) -> str:
+        adapter, source = (self.base_model.get(key) for key in ("adapter", "source"))
+        return f"{adapter}" if source is None else f"{adapter} `{source}`"
+
     def _card(self) -> str:
         lines = [
             "---",
@@ -206,7 +211,7 @@ class Artifact:
             "",
             "# Sparse autoencoder for a sequential recommender",
             "",
-            "Base model: {adapter} `{source}`.".format(**self.base_model),
+            f"Base model: {self._origin()}.",
             "",
             "| site | latents | k | FVU | L0 | dead share |",
             "|---|---|---|---|---|---|",

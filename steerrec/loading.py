@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
-from collections.abc import Callable
-from importlib.metadata import entry_points
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from steerrec.data import Catalogue
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
+from steerrec.loaders import (
+    Loader,
+    from_function,
+    published_adapters,
+    published_loader,
+    warn_of_namesakes,
+)
 from steerrec.recommender import Recommender
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
+_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILT_IN = {
     "sasrec": "steerrec.adapters.sasrec:load",
@@ -60,13 +66,20 @@ def load_recommender(
         return _adapter(_adapter_of_folder(path))(path, device=device)
     name, _, rest = text.partition(":")
     if rest and name in _adapter_targets():
+        if name in _BUILT_IN:
+            warn_of_namesakes(name)
         return _adapter(name)(rest, device=device, **hub)
+    if (match := _FILE.fullmatch(text)) and (file := Path(match["file"])).is_file():
+        raise ModelError(
+            f"{text!r} names a file; expected a module as Python imports it, such as "
+            f"{file.stem}:{match['function']}"
+        )
     if match := _FUNCTION.fullmatch(text):
         if device != "cpu" or any(value is not None for value in hub.values()):
             raise ModelError(
                 f"{text} is a function: it chooses device and revision by itself; expected neither"
             )
-        return _from_function(match["module"], match["function"])
+        return from_function(match["module"], match["function"])
     if _HUB_ID.fullmatch(text) and not path.exists():
         return _adapter("sasrec")(text, device=device, **hub)
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
@@ -96,14 +109,15 @@ def model_record(spec: str | Path) -> dict[str, Any]:
     return record
 
 
-def _adapter_targets() -> dict[str, str]:
-    installed = {point.name: point.value for point in entry_points(group="steerrec.adapters")}
-    return {**_BUILT_IN, **installed}
+def _adapter_targets() -> Collection[str]:
+    return {*_BUILT_IN, *published_adapters()}
 
 
-def _adapter(name: str) -> Callable[..., Recommender]:
-    module, _, attribute = _adapter_targets()[name].partition(":")
-    loader: Callable[..., Recommender] = getattr(importlib.import_module(module), attribute)
+def _adapter(name: str) -> Loader:
+    if name not in _BUILT_IN:
+        return published_loader(name, published_adapters()[name])
+    module, _, attribute = _BUILT_IN[name].partition(":")
+    loader: Loader = getattr(importlib.import_module(module), attribute)
     return loader
 
 
@@ -122,24 +136,3 @@ def _adapter_of_folder(path: Path) -> str:
             "wrap any other in a function and give pkg.module:function"
         )
     return _MODEL_TYPES[model_type]
-
-
-def _from_function(module: str, function: str) -> Recommender:
-    here = str(Path.cwd())
-    if not sys.flags.safe_path and not {"", here} & set(sys.path):
-        sys.path.append(here)  # last: it can add modules, not hide any
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"{module}:{function} cannot be imported: {error}") from error
-    if not callable(make):
-        raise ModelError(
-            f"{module}:{function} is a {type(make).__name__}; expected a function that returns a "
-            "steerrec.Recommender"
-        )
-    rec = make()
-    if not isinstance(rec, Recommender):
-        raise ModelError(
-            f"{module}:{function} returned a {type(rec).__name__}; expected a steerrec.Recommender"
-        )
-    return rec
