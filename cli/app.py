@@ -88,10 +88,12 @@ def run() -> NoReturn:
     except Exception as error:
         if os.environ.get("STEERREC_DEBUG") == "1":
             traceback.print_exc()
-        elif isinstance(error, SteerrecError):
-            _say(f"error: {error}")
         else:
-            _say(f"error: {type(error).__name__}: {error} (STEERREC_DEBUG=1 shows where)")
+            foreseen = isinstance(error, SteerrecError)
+            name = "" if foreseen else f"{type(error).__name__}: "
+            notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+            where = "" if foreseen else " (STEERREC_DEBUG=1 shows where)"
+            _say(f"error: {name}{error}{notes}{where}")
         raise SystemExit(1) from None
     raise SystemExit(0)
 

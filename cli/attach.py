@@ -94,6 +94,7 @@ def attach(
         format=format,
     )
     rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
+    opt.warn_unless_conforming(rec)
     if start is not None:
         site = start.site
     else:
@@ -135,6 +136,7 @@ def attach(
             data=interactions.preparation.to_dict(),
             items=rec.catalogue if holds_no_items(model) else None,
         )
+        artifact.base_model["source"] = artifact.base_model["source"] or model
         artifact.save(output)
     if keep_activations:
         opt.note(f"activations are in {work / 'activations'}")

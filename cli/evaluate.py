@@ -50,6 +50,7 @@ def evaluate(
     )
     rec, interactions = opt.open_model(model, read, item_map, device, revision=revision)
     opt.check_k(k, rec)
+    opt.warn_unless_conforming(rec)
     found = evaluation.evaluate(
         rec, opt.split_for(rec, interactions), which=split.value, k=k, mask_seen=mask_seen
     )

@@ -295,6 +295,10 @@ def open_artifact(
         rec = artifact.load_base_model(device=device, strict=strict)
         interactions = read(artifact.data, keep=columns_to_keep(rec))
     elif model is None:
+        if artifact.base_model.get("source") is None:
+            raise ArtifactError(
+                f"{path} does not record where its model came from; give it with --model"
+            )
         recorded = printable(str(artifact.base_model.get("source")), limit=1000)
         raise ArtifactError(
             f"{path} was made for the model at {recorded!r}, which is not opened on the artifact's "
@@ -340,6 +344,23 @@ def not_on_hub(artifact: str, why: str) -> Exception:
     return ArtifactError(
         f"{artifact} is not a folder here, but {why}: get it with `steerrec pull {artifact} -o DIR`"
     )
+
+
+def warn_unless_conforming(rec: Recommender) -> None:
+    """Say what is wrong with a recommender before anything is computed with it.
+
+    A warning and no error: a model in half precision is off by more than the check allows.
+    """
+    from steerrec.conformance import conformance
+    from steerrec.errors import ModelWarning
+
+    if problems := conformance(rec).problems:
+        warnings.warn(
+            f"{type(rec.model).__name__} is not wrapped right, so that the numbers are not "
+            f"its own: {'; '.join(problems)}",
+            ModelWarning,
+            stacklevel=2,
+        )
 
 
 def refuse_existing(path: Path, force: bool, *, kind: Kind = "file") -> None:

@@ -113,7 +113,8 @@ class Artifact:
     ) -> Artifact:
         """A new artifact with one SAE for a recommender."""
         site = site or rec.site
-        base = {**rec.describe(), "fingerprint": {site.folder: fingerprint(rec, site)}}
+        known = {"adapter": type(rec).__name__, "source": None, **rec.describe()}
+        base = {**known, "fingerprint": {site.folder: fingerprint(rec, site)}}
         here = SiteArtifact(site, sae, dict(training or {}))
         return cls(base, {site.folder: here}, dict(data or {}), items)
 
@@ -336,6 +337,10 @@ class Artifact:
     def _source(self) -> object:
         return self.base_model.get("source")
 
+    def _origin(self) -> str:
+        adapter, source = (self.base_model.get(key) for key in ("adapter", "source"))
+        return f"{adapter}" if source is None else f"{adapter} `{source}`"
+
     def _card(self) -> str:
         lines = [
             "---",
@@ -345,7 +350,7 @@ class Artifact:
             "",
             "# Sparse autoencoder for a sequential recommender",
             "",
-            f"Base model: {self.base_model.get('adapter')} `{self._source()}`.",
+            f"Base model: {self._origin()}.",
             "",
             "| site | latents | k | FVU | L0 | dead share |",
             "|---|---|---|---|---|---|",

@@ -17,6 +17,10 @@ class ModelError(SteerrecError):
     """A recommender cannot be loaded, or does not behave as its adapter promises."""
 
 
+class ModelWarning(UserWarning):
+    """A recommender can be used, but not all about it is as it should be."""
+
+
 class CheckpointError(ModelError):
     """A checkpoint of another library is damaged, hostile, or of a kind that is not read."""
 

@@ -7,9 +7,7 @@ import inspect
 import json
 import os
 import re
-import sys
-from collections.abc import Callable
-from importlib.metadata import entry_points
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,13 @@ from steerrec.data import Catalogue, Interactions
 from steerrec.errors import ModelError
 from steerrec.files import recover_folder
 from steerrec.hub_names import is_repo_id
+from steerrec.loaders import (
+    Loader,
+    from_function,
+    published_adapters,
+    published_loader,
+    warn_of_namesakes,
+)
 from steerrec.recommender import Recommender
 from steerrec.specs import is_there, read_settings, settings_of, split_spec
 
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from steerrec.pulling import Snapshot
 
 _FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
+_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 _BUILT_IN = {
     "sasrec": "steerrec.adapters.sasrec:load",
     "recbole": "steerrec.adapters.recbole_checkpoint:load",
@@ -81,13 +87,20 @@ def load_recommender(
     if holds_no_items(text) and options.get("revision") is not None:
         raise ModelError(f"{text} is a checkpoint here: it has no revision {options['revision']!r}")
     if rest and name in _adapter_targets():
+        if name in _BUILT_IN:
+            warn_of_namesakes(name)
         return _open(name, rest, {"device": device, **options})
+    if (match := _FILE.fullmatch(text)) and is_there(file := Path(match["file"])):
+        raise ModelError(
+            f"{text!r} names a file; expected a module as Python imports it, such as "
+            f"{file.stem}:{match['function']}"
+        )
     if match := _FUNCTION.fullmatch(text):
         if device != "cpu" or any(value is not None for value in options.values()):
             raise ModelError(
                 f"{text} is a function: it chooses device and revision by itself; expected neither"
             )
-        return _from_function(match["module"], match["function"])
+        return from_function(match["module"], match["function"])
     if is_repo_id(text) and not is_there(path):
         from steerrec.pulling import local_folder
 
@@ -113,7 +126,7 @@ def _open(name: str, text: str, options: dict[str, Any]) -> Recommender:
     return load(path, **settings, **options)
 
 
-def _parsed(name: str, text: str) -> tuple[Callable[..., Recommender], str, dict[str, Any]]:
+def _parsed(name: str, text: str) -> tuple[Loader, str, dict[str, Any]]:
     load = _adapter(name)
     path, written = split_spec(text)
     return load, path, read_settings(name, load, written)
@@ -177,14 +190,15 @@ def model_record(spec: str | Path) -> dict[str, Any]:
     return record
 
 
-def _adapter_targets() -> dict[str, str]:
-    installed = {point.name: point.value for point in entry_points(group="steerrec.adapters")}
-    return {**_BUILT_IN, **installed}
+def _adapter_targets() -> Collection[str]:
+    return {*_BUILT_IN, *published_adapters()}
 
 
-def _adapter(name: str) -> Callable[..., Recommender]:
-    module, _, attribute = _adapter_targets()[name].partition(":")
-    loader: Callable[..., Recommender] = getattr(importlib.import_module(module), attribute)
+def _adapter(name: str) -> Loader:
+    if name not in _BUILT_IN:
+        return published_loader(name, published_adapters()[name])
+    module, _, attribute = _BUILT_IN[name].partition(":")
+    loader: Loader = getattr(importlib.import_module(module), attribute)
     return loader
 
 
@@ -203,24 +217,3 @@ def _adapter_of_folder(path: Path) -> str:
             "wrap any other in a function and give pkg.module:function"
         )
     return _MODEL_TYPES[model_type]
-
-
-def _from_function(module: str, function: str) -> Recommender:
-    here = str(Path.cwd())
-    if not sys.flags.safe_path and not {"", here} & set(sys.path):
-        sys.path.append(here)  # last: it can add modules, not hide any
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"{module}:{function} cannot be imported: {error}") from error
-    if not callable(make):
-        raise ModelError(
-            f"{module}:{function} is a {type(make).__name__}; expected a function that returns a "
-            "steerrec.Recommender"
-        )
-    rec = make()
-    if not isinstance(rec, Recommender):
-        raise ModelError(
-            f"{module}:{function} returned a {type(rec).__name__}; expected a steerrec.Recommender"
-        )
-    return rec

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steerrec import loading
+from steerrec import loaders
 from steerrec.adapters.sasrec import SASRecRecommender, save
 from steerrec.data import Histories
 from steerrec.errors import HubError, ModelError
@@ -130,6 +130,25 @@ def sasrec():
 def number():
     return 7
 
+def model():
+    return sasrec().model
+
+class Half:
+    model = catalogue = site = None
+
+def half():
+    return Half()
+
+class Whole(Half):
+    max_length, item_head = 5, None
+    make_batch = score = lambda self, given: given
+
+    def describe(self):
+        return {{"folder": __import__("pathlib").Path("here")}}
+
+def whole():
+    return Whole()
+
 setting = "text"
 """
     )
@@ -151,10 +170,17 @@ def test_a_function(rec, module):
             "shop.models:number",
             "shop.models:number returned a int; expected a steerrec.Recommender",
         ),
+        ("shop.models:model", "a bare torch module; .* which steerrec.wrap makes of it"),
+        (
+            "shop.models:half",
+            "a Half, which has no max_length, item_head, make_batch, score, describe; expected",
+        ),
+        ("shop.models:Whole", r"describe\(\) of the Whole .* PosixPath is not JSON"),
         ("shop.models:setting", "is a str; expected a function"),
         ("shop.models:missing", "shop.models:missing cannot be imported.*no attribute 'missing'"),
-        ("shop.nowhere:sasrec", "cannot be imported: No module named 'shop.nowhere'"),
-        ("shop.broken:sasrec", "cannot be imported: No module named 'a_module_that_is_not_there'"),
+        ("shop.nowhere:sasrec", "cannot be imported: No module named 'shop.nowhere'$"),
+        ("shop.broken:sasrec", "cannot be imported: No module named 'a_module_that_is_not_there'$"),
+        ("shup.models:sasrec", "No module named 'shup'; it has to be installed, or in a folder on"),
     ],
 )
 @pytest.mark.usefixtures("module")
@@ -171,7 +197,7 @@ def test_a_function_in_the_working_directory_unless_python_is_to_leave_that_out(
     elsewhere = [entry for entry in sys.path if entry not in ("", str(tmp_path))]
     monkeypatch.setattr(sys, "path", elsewhere)
     flags = SimpleNamespace(safe_path=safe_path)
-    monkeypatch.setattr(loading, "sys", SimpleNamespace(flags=flags, path=elsewhere))
+    monkeypatch.setattr(loaders, "sys", SimpleNamespace(flags=flags, path=elsewhere))
     if safe_path:
         assert "cannot be imported" in refusal(f"{module}:sasrec")
     else:
@@ -189,8 +215,15 @@ def test_an_error_inside_the_users_function_is_theirs(module, monkeypatch):
         raise ZeroDivisionError("mine")
 
     monkeypatch.setattr(f"{module}.sasrec", fail)
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
         load_recommender(f"{module}:sasrec")
+    assert raised.value.__notes__ == [f"raised by {module}:sasrec"]
+
+
+@pytest.mark.parametrize("spec", ["shop/models.py:sasrec", "./shop/models.py:sasrec"])
+def test_a_file_is_not_a_module(module, tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    assert "names a file; expected a module as Python imports it" in refusal(spec)
 
 
 # --- nonsense -----------------------------------------------------------------------------------
