@@ -15,7 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from steerrec.errors import ModelError
 
 _SETTING = re.compile(r",([a-z]\w*)=([^,=/]*)")
-HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only"})
+HUB_OPTIONS = frozenset(
+    {"revision", "token", "cache_dir", "local_files_only", "subfolder", "endpoint"}
+)
 _NOT_SETTINGS = HUB_OPTIONS | {"items", "device"}
 
 

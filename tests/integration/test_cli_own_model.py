@@ -220,7 +220,7 @@ def test_from_attach_to_steered_recommendations(cli, shop):
 
     other = cli("steer", "artifact", "--data", "visits.csv", "--model", "own_shop:other")
     assert other.code == 1
-    assert "model_sha256 differs; use the model that it was made for" in other.err
+    assert "other weights; use the model that it was made for" in other.err
 
 
 def test_a_class_that_describes_nothing_makes_an_artifact_too(cli, shop):

@@ -119,7 +119,7 @@ def test_a_published_adapter_opens_its_checkpoints(checkpoint):
 @pytest.mark.usefixtures("mylib")
 def test_it_is_a_checkpoint_without_ids_and_is_listed():
     assert holds_no_items("mylib:x.safetensors")
-    assert "pkg.module:function, or mylib:PATH, recbole:PATH, sasrec:PATH" in refusal("nothing")
+    assert "pkg.module:function, or gsasrec:PATH, mylib:PATH" in refusal("nothing")
 
 
 @pytest.mark.usefixtures("mylib")
@@ -133,6 +133,12 @@ def test_it_goes_before_a_module_of_its_name(publish, checkpoint):
         load_recommender("mylib:load")
 
 
+FAILS = """
+def fails(path, *, items=None, device="cpu"):
+    raise TypeError("its own")
+"""
+
+
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
@@ -141,11 +147,11 @@ def test_it_goes_before_a_module_of_its_name(publish, checkpoint):
         ("mylib_adapter:number", r"is a int; expected a function load\(path, \*, items, device\)"),
         ("mylib_adapter", r"is a module; expected a function load\("),
         ("mylib_adapter:text", "returned a str; expected a steerrec.Recommender"),
-        ("mylib_adapter:GRU", None),
+        ("mylib_adapter:fails", None),
     ],
 )
 def test_a_broken_one_is_one_line_that_names_the_package(publish, value, complaint):
-    publish("broken-lib", {"mylib": value}, mylib_adapter=ADAPTER)
+    publish("broken-lib", {"mylib": value}, mylib_adapter=ADAPTER + FAILS)
     if complaint is None:  # an error in its own code stays what it is, with a note
         with pytest.raises(TypeError) as raised:
             load_recommender("mylib:x")

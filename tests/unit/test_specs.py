@@ -153,7 +153,7 @@ def test_the_loader_gets_path_and_settings():
     [
         ("mylib:a.pth,head=2", {}, "mylib has no setting 'head'; expected heads, norm"),
         ("mylib:a.pth,heads=2", {"heads": 3}, "and the call both give heads; expected it once"),
-        ("mylib:a.pth", {"revision": "v1"}, "got an unexpected keyword argument 'revision'"),
+        ("mylib:a.pth", {"revision": "v1"}, "has no revision 'v1'"),
     ],
 )
 def test_what_the_loader_does_not_take_is_told(spec, options, message):
