@@ -2,7 +2,7 @@
 
 A clone has the module paths, the calling conventions and the head of its model, and is otherwise
 as small as can be. Histories are lists of catalogue rows 0..N-1; each clone pads and numbers them
-as its library does.
+as its library does. Those that are trained somewhere take other sizes than the smallest.
 """
 
 from __future__ import annotations
@@ -76,12 +76,19 @@ class Parts(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
-linear, norm = partial(nn.Linear, H, H), partial(nn.LayerNorm, H)
+def linear(width: int = H, **settings: Any) -> nn.Linear:
+    return nn.Linear(width, width, **settings)
+
+
+def norm(width: int = H) -> nn.LayerNorm:
+    return nn.LayerNorm(width)
+
+
 conv, attention = partial(nn.Conv1d, H, H, 1), partial(nn.MultiheadAttention, H, HEADS, 0.1)
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H))
+def mlp(width: int = H) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
 def twice(make: Callable[[], nn.Module]) -> nn.ModuleList:
@@ -184,11 +191,19 @@ def recbole_encoder() -> dict[str, nn.Module]:
 
 class RecBoleModel(Parts):
     ITEM_SEQ, ITEM_SEQ_LEN = "item_id_list", "item_length"
-    n_items, max_seq_length = N + 1, L
-    item_rows = N + 1
+    special_ids = 1  # the padding
 
-    def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__(item_embedding=nn.Embedding(self.item_rows, H, padding_idx=0), **parts)
+    def __init__(
+        self,
+        *,
+        items: int = N,
+        width: int = H,
+        window: int = L,
+        **parts: nn.Module | nn.Parameter,
+    ) -> None:
+        table = nn.Embedding(items + self.special_ids, width, padding_idx=0)
+        super().__init__(item_embedding=table, **parts)
+        self.n_items, self.max_seq_length = items + 1, window
 
     def gather_indexes(self, output: Tensor, gather_index: Tensor) -> Tensor:
         index = gather_index.view(-1, 1, 1).expand(-1, -1, output.shape[-1])
@@ -214,7 +229,7 @@ class RecBoleSASRec(RecBoleModel):
 
 
 class RecBoleBERT4Rec(RecBoleModel):
-    item_rows = N + 2  # the last one is the mask
+    special_ids = 2  # the last one is the mask
 
     def reconstruct_test_data(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         item_seq = F.pad(item_seq, (0, 1))
@@ -278,6 +293,17 @@ def recbole_dot(model: RecBoleModel, users: Tensor) -> Tensor:
     return users @ model.item_embedding.weight[1 : N + 1].T
 
 
+def recbole_gru4rec(items: int = N, width: int = H, window: int = L) -> nn.Module:
+    return RecBoleGRU4Rec(
+        items=items,
+        width=width,
+        window=window,
+        emb_dropout=nn.Dropout(0.3),
+        gru_layers=nn.GRU(width, width, 2, bias=False, batch_first=True),
+        dense=linear(width),
+    )
+
+
 recbole = partial(Site, positions_from=TokenIds("item_embedding"))
 RECBOLE = (
     Clone(
@@ -321,13 +347,7 @@ RECBOLE = (
     ),
     Clone(
         name="RecBole GRU4Rec",
-        build=seeded(
-            lambda: RecBoleGRU4Rec(
-                emb_dropout=nn.Dropout(0.3),
-                gru_layers=nn.GRU(H, H, 2, bias=False, batch_first=True),
-                dense=linear(),
-            )
-        ),
+        build=seeded(recbole_gru4rec),
         score=score_recbole,
         site=recbole("dense"),
         head=recbole_dot,
@@ -1053,23 +1073,26 @@ class BertVaeModel(Parts):
         return self.out(self.bert(x))
 
 
-def bert_vae_model() -> nn.Module:
+def bert_vae_model(items: int = N, width: int = H, window: int = L, layers: int = 2) -> nn.Module:
     def block() -> nn.Module:
-        linear_layers = nn.ModuleList(linear() for _ in range(3))
+        linear_layers = nn.ModuleList(linear(width) for _ in range(3))
         return BertVaeBlock(
-            attention=BertVaeAttention(linear_layers=linear_layers, output_linear=linear()),
-            feed_forward=mlp(),
-            input_sublayer=BertVaeSublayer(norm=norm()),
-            output_sublayer=BertVaeSublayer(norm=norm()),
+            attention=BertVaeAttention(linear_layers=linear_layers, output_linear=linear(width)),
+            feed_forward=mlp(width),
+            input_sublayer=BertVaeSublayer(norm=norm(width)),
+            output_sublayer=BertVaeSublayer(norm=norm(width)),
             dropout=nn.Dropout(0.1),
         )
 
     embedding = BertVaeEmbedding(
-        token=nn.Embedding(N + 2, H, padding_idx=0), position=Positions(pe=nn.Embedding(L, H))
+        token=nn.Embedding(items + 2, width, padding_idx=0),
+        position=Positions(pe=nn.Embedding(window, width)),
     )
     return BertVaeModel(
-        bert=BertVae(embedding=embedding, transformer_blocks=twice(block)),
-        out=nn.Linear(H, N + 1),
+        bert=BertVae(
+            embedding=embedding, transformer_blocks=nn.ModuleList(block() for _ in range(layers))
+        ),
+        out=nn.Linear(width, items + 1),
     )
 
 
@@ -1122,9 +1145,9 @@ class GRU4Rec(Parts):
         return self.score_items(self.hidden_step(E, H), O, B)
 
 
-def gru4rec_model() -> nn.Module:
-    cells = nn.ModuleList([nn.GRUCell(H, H)])
-    return GRU4Rec(G=cells, Wy=nn.Embedding(N, H), By=nn.Embedding(N, 1))
+def gru4rec_model(items: int = N, width: int = H) -> nn.Module:
+    cells = nn.ModuleList([nn.GRUCell(width, width)])
+    return GRU4Rec(G=cells, Wy=nn.Embedding(items, width), By=nn.Embedding(items, 1))
 
 
 @torch.no_grad()
