@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.rerank import Candidates as Candidates
+    from steerrec.rerank import gather_candidates as gather_candidates
+    from steerrec.rerank import reranker as reranker
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
@@ -56,6 +59,7 @@ _HOME = {
     "Artifact": "artifacts",
     "Attachment": "attachment",
     "AttributionTable": "attribution",
+    "Candidates": "rerank",
     "Catalogue": "data",
     "Contrast": "profiles",
     "Histories": "data",
@@ -78,6 +82,7 @@ _HOME = {
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
+    "gather_candidates": "rerank",
     "layer_report": "layers",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
@@ -86,6 +91,7 @@ _HOME = {
     "popularity_contrast": "profiles",
     "read_interactions": "data",
     "recommend": "evaluation",
+    "reranker": "rerank",
     "score_neurons": "attribution",
     "simulate": "data",
     "site_at": "layers",
