@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_frontiers as plot_frontiers
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.rerank import Candidates as Candidates
+    from steerrec.rerank import gather_candidates as gather_candidates
+    from steerrec.rerank import reranker as reranker
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
@@ -67,6 +70,7 @@ _HOME = {
     "Artifact": "artifacts",
     "Attachment": "attachment",
     "AttributionTable": "attribution",
+    "Candidates": "rerank",
     "Catalogue": "data",
     "Comparison": "comparison_results",
     "Contrast": "profiles",
@@ -94,6 +98,7 @@ _HOME = {
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
+    "gather_candidates": "rerank",
     "import_sae": "importing",
     "layer_report": "layers",
     "learn_steering": "learning",
@@ -108,6 +113,7 @@ _HOME = {
     "push": "pushing",
     "read_interactions": "data",
     "recommend": "evaluation",
+    "reranker": "rerank",
     "score_neurons": "attribution",
     "simulate": "data",
     "site_at": "layers",
