@@ -270,7 +270,8 @@ def test_a_link_out_of_a_folder_is_not_followed_to_the_hub(hub, artifact, tmp_pa
     shutil.copy(artifact / name, secret)
     (artifact / name).unlink()
     (artifact / name).symlink_to(secret)
-    assert f"{name} is a link out of its folder" in refusal(push, artifact, "acme/x")
+    with pytest.raises((HubError, ArtifactError), match=rf"{name} is a link .*out of"):
+        push(artifact, "acme/x")
     assert hub.seen == []
 
 
@@ -278,11 +279,12 @@ def test_a_linked_site_is_not_left_out_in_silence(hub, artifact, tmp_path):
     site = next(artifact.glob("*/cfg.json")).parent
     shutil.move(site, tmp_path / "site")
     site.symlink_to(tmp_path / "site")
-    assert "is a link" in refusal(push, artifact, "acme/x")
+    with pytest.raises((HubError, ArtifactError), match="is a link"):
+        push(artifact, "acme/x")
     assert hub.seen == []
 
 
-@pytest.mark.parametrize("target", ["/etc/hostname", "../../../../secret", "../../refs/v1"])
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../../../secret", "../../refs/v1"])
 def test_a_link_out_of_the_cache(hub, repo, cache, target):
     snapshot = pull("acme/sasrec", revision="v1")
     file = snapshot.path / "config.json"
