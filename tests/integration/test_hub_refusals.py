@@ -229,7 +229,7 @@ def test_a_base_model_on_the_hub_must_be_the_very_model(hub, artifact, tmp_path)
     record = json.loads(file.read_text())
     record["base_model"] |= {"repo_id": "acme/sasrec", "revision": later.revision}
     file.write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match="model_sha256 differs"):
+    with pytest.raises(ArtifactError, match="other weights"):
         load_artifact(artifact).load_base_model()
 
 
@@ -282,7 +282,7 @@ def test_a_linked_site_is_not_left_out_in_silence(hub, artifact, tmp_path):
     assert hub.seen == []
 
 
-@pytest.mark.parametrize("target", ["/etc/hostname", "../../../../secret", "../../refs/v1"])
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../../../secret", "../../refs/v1"])
 def test_a_link_out_of_the_cache(hub, repo, cache, target):
     snapshot = pull("acme/sasrec", revision="v1")
     file = snapshot.path / "config.json"
