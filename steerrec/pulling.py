@@ -202,6 +202,7 @@ def check_folder(folder: Path | Snapshot) -> Kind:
     """What a folder is, once it has been loaded without an error."""
     path = Path(folder)
     kind = kind_of(path)
+    files_of(path, kind)  # refuses links before anything behind them is read
     if kind == "MODEL":
         from steerrec.loading import load_recommender
 

@@ -12,9 +12,11 @@ from steerrec.adapters.sasrec import SASRecRecommender, load
 from steerrec.artifacts import Artifact, load_artifact
 from steerrec.errors import ArtifactError, HubError
 from steerrec.hub import pull, push
+from steerrec.layers import site_at
 from steerrec.loading import load_recommender
 
 from ..hub.folders import DATA, make_artifact, scores, write_artifact, write_model
+from ..unit.small_models import random_sae
 from .conftest import OTHER, TOKEN
 
 
@@ -179,6 +181,51 @@ def test_a_recorded_path_is_never_opened(hub, model, artifact, monkeypatch):
     monkeypatch.setattr("steerrec.loading.load_recommender", None)
     with pytest.raises(ArtifactError, match=f"made for the model at '{model}', which is not on"):
         load_artifact(artifact).load_base_model()
+
+
+def test_items_that_an_artifact_holds_travel_with_it(hub, model):
+    """Its base model may be a checkpoint that knows numbers alone."""
+    rec = load(model)
+    made = make_artifact(rec)
+    made.items = rec.catalogue
+    assert "catalogue.parquet" in made.push_to_hub("acme/popsteer").files
+    found = load_artifact("acme/popsteer").items
+    assert found is not None
+    assert found.frame.equals(rec.catalogue.frame)
+
+
+def test_all_sites_of_an_artifact_travel(hub, model):
+    rec = load(model)
+    made = make_artifact(rec)
+    layer = site_at(rec, "layers.0")
+    made.add(rec, random_sae(8, 16, seed=3), site=layer)
+    made.push_to_hub("acme/popsteer")
+    found = load_artifact("acme/popsteer")
+    assert set(found.sites) == {rec.site.folder, layer.folder}
+    assert torch.equal(found.at("layers.0").sae.W_enc, made.at("layers.0").sae.W_enc)
+
+
+def test_links_of_a_pulled_artifact_may_lead_into_the_cache_alone(hub, artifact, cache):
+    push(artifact, "acme/popsteer")
+    snapshot = pull("acme/popsteer")
+    assert (snapshot.path / "steerrec.json").is_symlink()
+    assert load_artifact(snapshot).at().table("popularity")
+    assert load_artifact(snapshot.path, root=cache).at().table("popularity")
+    with pytest.raises(ArtifactError, match="is a link that leads out of"):
+        load_artifact(snapshot.path)
+    outside = cache.parent / "elsewhere"
+    outside.write_bytes((snapshot.path / "steerrec.json").read_bytes())
+    (snapshot.path / "steerrec.json").unlink()
+    (snapshot.path / "steerrec.json").symlink_to(outside)
+    with pytest.raises(ArtifactError, match="is a link that leads out of"):
+        load_artifact(snapshot)
+
+
+def test_an_option_that_the_hub_does_not_have_is_refused(hub, model):
+    for call in (load_recommender, load_artifact):
+        with pytest.raises(HubError, match="cannot be had with 'heads'; expected revision, token"):
+            call("acme/sasrec", heads=2)
+    assert hub.seen == []
 
 
 # --- commits, branches, tags --------------------------------------------------------------------
