@@ -77,6 +77,8 @@ class SteeringTraining:
         How many of each user's latest training states are learned from.
     rows
         At most so many states, of users drawn at random.
+    valid_users
+        Choose on at most so many validation users, drawn at random.
     seed
         Same seed, same recipe.
     """
@@ -90,6 +92,7 @@ class SteeringTraining:
     focus: float = 1.5
     latest: int = 12
     rows: int = 100_000
+    valid_users: int = 10_000
     seed: int = 0
 
 
@@ -160,7 +163,7 @@ def learn_steering(
     name = f"learned-{objective.name}"
     if budget == 0:
         return ResponseSteering(nothing, nothing[0].clone(), 0.0, name, record)
-    judge = _Judge(rec, sae, split, objective, budget, k, mask_seen)
+    judge = _Judge(rec, sae, split, objective, budget, k, mask_seen, training)
     fit = _Fit(rec, sae, split, objective, judge, k, mask_seen, training)
     found = fit.run()
     if training.neurons is not None:
@@ -192,8 +195,13 @@ class _Judge:
         budget: float,
         k: int,
         mask_seen: bool,
+        training: SteeringTraining,
     ) -> None:
         histories, targets = split.held_out("valid")
+        if len(histories) > training.valid_users:
+            rng = np.random.default_rng(training.seed)
+            drawn = np.sort(rng.choice(len(histories), training.valid_users, replace=False))
+            histories, targets = histories.select(drawn), targets[drawn]
         self.head, self.objective, self.budget, self.k = rec.item_head, objective, budget, k
         self.seen = histories if mask_seen else None
         self.targets = torch.from_numpy(targets.copy())
