@@ -231,7 +231,7 @@ def open_artifact(
     """
     from steerrec.artifacts import load_artifact
     from steerrec.errors import ArtifactError
-    from steerrec.untrusted import shown
+    from steerrec.untrusted import printable, shown
 
     artifact = load_artifact(path)
     artifact.at(site)  # before the model is opened
@@ -239,7 +239,7 @@ def open_artifact(
         recorded = artifact.base_model.get("source")
         raise ArtifactError(
             f"{path} was made for the model at {shown(recorded)}, which is not opened on the "
-            "artifact's word; give it with --model"
+            f"artifact's word; give it with --model {printable(str(recorded))}"
         )
     rec, interactions = open_model(model, read, item_map, device, recorded=artifact.data)
     artifact.check(rec, strict=strict)
