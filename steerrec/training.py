@@ -215,12 +215,12 @@ class _Run:
     def recentre(self) -> None:
         """Let `b_dec` follow the mean of the vectors, which a retrained model has moved."""
         x = self.sample(torch.Generator().manual_seed(self.training.seed))
-        tried = []
+        tried: list[tuple[float, int, Tensor]] = []
         for _ in range(5):
             x_hat = self.sae(x).x_hat
             fvu = float(fraction_of_variance_unexplained(x, x_hat))
             tried.append((fvu, len(tried), self.sae.b_dec.clone()))
-            self.sae.b_dec += (x - x_hat).mean(dim=0)
+            self.sae.b_dec.add_((x - x_hat).mean(dim=0))
         self.sae.b_dec.copy_(min(tried)[2])
 
     def sample(self, generator: torch.Generator) -> Tensor:
