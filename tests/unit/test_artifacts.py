@@ -577,6 +577,11 @@ def test_another_major_format_version_is_refused(saved, version):
         {"sites": []},
         {"base_model": None},
         {"base_model": {"fingerprint": {}}},
+        {"data": []},
+        {"data": {"user_col": 5}},
+        {"data": {"format": ["csv"]}},
+        {"data": {"k_core": "5"}},
+        {"data": {"dedup": None}},
     ],
 )
 def test_an_incomplete_record_is_refused(saved, changes):
@@ -719,6 +724,8 @@ RECIPE = {"operation": "shift", "alpha": 1.0, "splice": "delta", "provenance": {
         ({"splice": "replace"}, "is not a steering recipe"),
         ({"alpha": "much"}, "is not a steering recipe"),
         ({"alpha": None}, "is not a steering recipe"),
+        ({"alpha": True}, "is not a steering recipe"),
+        ({"alpha": -1e300}, "is not a steering recipe; expected an alpha of 1e"),
         ({"operation": None}, "uses operation None"),
     ],
 )
