@@ -42,7 +42,7 @@ def read_record(folder: Path, root: Path) -> dict[str, Any]:
     _check_version(folder, record)
     match record:
         case {"base_model": {"fingerprint": dict() as marks}, "sites": dict() as entries} if (
-            entries and isinstance(record.get("data", {}), dict)
+            entries and _is_reading(record.get("data", {}))
         ):
             pass
         case _:
@@ -58,6 +58,19 @@ def read_record(folder: Path, root: Path) -> dict[str, Any]:
 def _is_mark(mark: object) -> bool:
     """Whether this can be a fingerprint."""
     return isinstance(mark, dict) and all(isinstance(v, str | int) for v in mark.values())
+
+
+def _is_reading(data: object) -> bool:
+    """Whether this can be how data were read; what a newer steerrec adds to it is let be."""
+    if not isinstance(data, dict):
+        return False
+    texts = [data.get(key) for key in ("format", "user_col", "item_col", "time_col")]
+    k_core, dedup = data.get("k_core", 0), data.get("dedup", False)
+    return (
+        all(isinstance(text, str | None) for text in texts)
+        and type(k_core) is int
+        and type(dedup) is bool
+    )
 
 
 def _check_version(folder: Path, record: Mapping[str, Any]) -> None:

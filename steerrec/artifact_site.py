@@ -35,6 +35,7 @@ _DTYPES = {
     dtype_name(dtype): dtype
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
+_MAX_ALPHA = 1e6  # torch refuses what single precision does not hold
 _IN_HEADER = "__metadata__"  # what safetensors calls it, under which its unknown keys are kept
 _IN_CONFIG = f"{CONFIG} metadata"
 # Settings of SAELens that change what the weights compute; an artifact has them folded in.
@@ -322,7 +323,7 @@ def _read_recipe(file: Path, root: Path, d_sae: int) -> Steering:
             "alpha": (int() | float()) as alpha,
             "splice": ("delta" | "reconstruct") as splice,
             "provenance": dict() as provenance,
-        } if type(alpha) is not bool:
+        } if type(alpha) is not bool and abs(alpha) <= _MAX_ALPHA:
             known = {"operation", "alpha", "splice", "name", "provenance"}
             return Steering(
                 shift,
@@ -333,8 +334,8 @@ def _read_recipe(file: Path, root: Path, d_sae: int) -> Steering:
                 unknown=without(made, known) | metadata,
             )
     raise ArtifactError(
-        f"{file} is not a steering recipe; expected a number alpha, splice 'delta' or "
-        "'reconstruct', and a provenance"
+        f"{file} is not a steering recipe; expected an alpha of {_MAX_ALPHA:g} at most, splice "
+        "'delta' or 'reconstruct', and a provenance"
     )
 
 

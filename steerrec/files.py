@@ -71,9 +71,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _settle(file, mode & 0o666)
+            for entry in temporary.rglob("*"):
+                if entry.is_symlink():
+                    continue  # it may lead to what is not ours
+                if entry.is_file():
+                    _settle(entry, mode & 0o666)
+                elif entry.is_dir():
+                    _flush(entry)  # the names in it
+            _flush(temporary)
             if path.exists():
                 path.replace(retired)
             temporary.replace(path)

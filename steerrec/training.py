@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import tempfile
@@ -30,6 +29,7 @@ from steerrec.moments import RunningMoments
 from steerrec.progress import track
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
+from steerrec.warm_start import check_size, digest, normalised, recentre
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +185,9 @@ class _Run:
             ).to(device)
             self.match_length(generator)
         else:
-            _check_size(warm_start, shards.width, training)
-            self.sae = _trainable(warm_start, self.mean, self.scale).to(device)
-            self.recentre()
+            check_size(warm_start, shards.width, training.latents, training.k)
+            self.sae = normalised(warm_start, self.mean, self.scale).to(device)
+            recentre(self.sae, self.sample(torch.Generator().manual_seed(training.seed)))
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -197,7 +197,7 @@ class _Run:
         self.dead_after = min(training.dead_after, len(shards))
         settings = {"training": asdict(training), "rows": len(shards), "scale": self.scale}
         if warm_start is not None:
-            settings["warm_start"] = _digest(warm_start)
+            settings["warm_start"] = digest(warm_start)
         self.checkpoint = Checkpoint(work / "checkpoint.safetensors", settings)
 
     @torch.no_grad()
@@ -210,18 +210,6 @@ class _Run:
         x = self.sample(generator)
         x_hat = self.sae(x).x_hat
         self.sae.W_enc.mul_((x * x_hat).sum() / x_hat.square().sum())
-
-    @torch.no_grad()
-    def recentre(self) -> None:
-        """Let `b_dec` follow the mean of the vectors, which a retrained model has moved."""
-        x = self.sample(torch.Generator().manual_seed(self.training.seed))
-        tried: list[tuple[float, int, Tensor]] = []
-        for _ in range(5):
-            x_hat = self.sae(x).x_hat
-            fvu = float(fraction_of_variance_unexplained(x, x_hat))
-            tried.append((fvu, len(tried), self.sae.b_dec.clone()))
-            self.sae.b_dec.add_((x - x_hat).mean(dim=0))
-        self.sae.b_dec.copy_(min(tried)[2])
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Some of the rows as they are trained on, [R, H]."""
@@ -298,40 +286,6 @@ class _Run:
         self.sae.load_state_dict(parts["sae"])
         self.rows_since_fired = parts["dead"]["rows_since_fired"].to(self.device)
         self.epoch, self.log = state["epoch"], state["log"]
-
-
-def _check_size(sae: SparseAutoencoder, width: int, training: SAETraining) -> None:
-    found, expected = (sae.d_in, sae.d_sae, sae.k), (width, training.latents, training.k)
-    if found != expected:
-        raise TrainingError(
-            "the SAE to start from has width {}, {} latents and k {}; ".format(*found)
-            + "expected {}, {} and {}: train one from scratch".format(*expected)
-        )
-
-
-@torch.no_grad()
-def _trainable(sae: SparseAutoencoder, mean: Tensor, scale: float) -> SparseAutoencoder:
-    """A copy of an SAE of raw vectors for ``(x - mean) / scale``, with decoder rows of length 1.
-
-    It computes what the SAE computes as long as its decoder rows are all of one length; else the
-    encoder makes up for theirs, and TopK may select otherwise.
-    """
-    W_dec = sae.W_dec.float().cpu() / scale
-    length = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)  # [d_sae]
-    weights = {
-        "W_enc": sae.W_enc.float().cpu() * scale * length,
-        "b_enc": sae.b_enc.float().cpu() * length,
-        "W_dec": F.normalize(W_dec, dim=1),
-        "b_dec": (sae.b_dec.float().cpu() - mean) / scale,
-    }
-    return SparseAutoencoder.from_weights(weights, sae.k).requires_grad_(True)
-
-
-def _digest(sae: SparseAutoencoder) -> str:
-    sha = hashlib.sha256()
-    for tensor in sae.state_dict().values():
-        sha.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 @torch.no_grad()

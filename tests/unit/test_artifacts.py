@@ -1,6 +1,7 @@
 """Artifacts on disk: what is written, what comes back, and everything that is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -587,6 +588,11 @@ def test_another_major_format_version_is_refused(saved, version):
         {"sites": []},
         {"base_model": None},
         {"base_model": {"fingerprint": {}}},
+        {"data": []},
+        {"data": {"user_col": 5}},
+        {"data": {"format": ["csv"]}},
+        {"data": {"k_core": "5"}},
+        {"data": {"dedup": None}},
     ],
 )
 def test_an_incomplete_record_is_refused(saved, changes):
@@ -729,6 +735,8 @@ RECIPE = {"operation": "shift", "alpha": 1.0, "splice": "delta", "provenance": {
         ({"splice": "replace"}, "is not a steering recipe"),
         ({"alpha": "much"}, "is not a steering recipe"),
         ({"alpha": None}, "is not a steering recipe"),
+        ({"alpha": True}, "is not a steering recipe"),
+        ({"alpha": -1e300}, "is not a steering recipe; expected an alpha of 1e"),
         ({"operation": None}, "uses operation None"),
     ],
 )
@@ -789,6 +797,64 @@ def test_a_save_that_fails_leaves_the_old_artifact_and_nothing_else(
     load_artifact(saved)
     artifact.save(saved)
     assert load_artifact(saved).data["k_core"] == 99
+
+
+def killed_at(call, save):
+    """Save in a process that dies without a word before its so-and-so-manieth change on disk.
+
+    Returns whether there were so many.
+    """
+    child = os.fork()
+    if child == 0:
+        left = iter(range(call))
+        for name in ("fsync", "replace", "mkdir", "chmod"):
+            do = getattr(os, name)
+
+            def dying(*arguments, do=do, **options):
+                if next(left, None) is None:
+                    os._exit(9)
+                return do(*arguments, **options)
+
+            setattr(os, name, dying)
+        save()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that dies is forked")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("kind", ["save", "save_site", "save_table"])
+def test_a_crash_at_any_moment_leaves_the_old_artifact_or_the_new_one(
+    artifact, saved, rec, table, kind
+):
+    columns = {**table.columns, "cohens_d": torch.zeros(D_SAE)}
+    other = AttributionTable(columns, table.contrast, table.provenance)
+    old = contents(saved)
+    artifact.data["k_core"] = 99
+    save = {
+        "save": lambda: artifact.save(saved),
+        "save_site": lambda: save_site(saved, rec, SparseAutoencoder(D_IN, 8, 2), site=ITEMS),
+        "save_table": lambda: save_table(saved, rec.site, other),
+    }[kind]
+    found, call = [], 0
+    while killed_at(call, save):
+        load_artifact(saved)
+        now = {name: data for name, data in contents(saved).items() if "/." not in name}
+        found.append(now)
+        shutil.rmtree(saved)
+        restore(saved, old)
+        call += 1
+    new = contents(saved)
+    assert new != old
+    assert call >= 3
+    assert found[0] == old
+    assert all(state in (old, new) for state in found)
+
+
+def restore(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def test_tables_and_recipes_are_added_to_an_artifact_on_disk(rec, sae, table, tmp_path):

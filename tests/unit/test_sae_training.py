@@ -20,6 +20,7 @@ from steerrec.training import (
     reconstruction_report,
     train_autoencoder,
 )
+from steerrec.warm_start import normalised
 
 from .tiny import random_histories, random_recommender
 
@@ -281,7 +282,7 @@ def moved(tmp_path):
 def test_a_warm_start_begins_with_what_the_sae_computes_and_with_rows_of_length_1(tmp_path, shards):
     sae, _ = train_autoencoder(shards, TRAINING, work=tmp_path / "first")
     rows = shards.gather(np.arange(len(shards)))
-    begun = module._trainable(sae, rows.mean(dim=0), 2.5)
+    begun = normalised(sae, rows.mean(dim=0), 2.5)
     torch.testing.assert_close(begun.W_dec.norm(dim=1), torch.ones(32))
     found, expected = begun.fold_normalisation(rows.mean(dim=0), 2.5)(rows), sae(rows)
     torch.testing.assert_close(found.x_hat, expected.x_hat, rtol=1e-4, atol=1e-4)
