@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
+from steerrec import __version__
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
 from steerrec.files import atomic_folder
@@ -144,7 +144,7 @@ def pull(
                 local_files_only=local_files_only,
                 endpoint=api.endpoint,
                 library_name="steerrec",
-                library_version=version("steerrec"),
+                library_version=__version__,
             )
         )
         snapshot = Path(found)
