@@ -57,6 +57,12 @@ class Snapshot(os.PathLike[str]):
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def origin(self) -> tuple[str, str] | tuple[None, None]:
+        """What an artifact can name as its base model: repository and commit, of a whole one."""
+        whole = self.path.name == self.revision
+        return (self.repo_id, self.revision) if whole else (None, None)
+
     def copy_to(self, path: str | Path) -> Kind:
         """Copy the files of the format into a folder, after loading them; all of it or nothing.
 
@@ -78,8 +84,9 @@ class Snapshot(os.PathLike[str]):
             for name, file in files_of(self.path, kind).items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, folder / name)
-            if kind == "MODEL":
-                remember(folder, self.repo_id, self.revision)
+            repo_id, revision = self.origin
+            if kind == "MODEL" and repo_id is not None and revision is not None:
+                remember(folder, repo_id, revision)
         return kind
 
 
