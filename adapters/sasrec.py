@@ -459,10 +459,9 @@ def load(
         raise ModelError(f"{path} cannot be loaded as a SASRec model ({reason})") from error
     model.to(torch.device(device))  # type: ignore[arg-type]
     record = model_record(folder)
-    repo_id, revision = _origin(record)
-    source = str(path)
+    source, (repo_id, revision) = str(path), _origin(record)
     if isinstance(where, Snapshot):
-        source, repo_id, revision = where.repo_id, where.repo_id, where.revision
+        source, (repo_id, revision) = where.repo_id, where.origin
     return SASRecRecommender(
         model,
         Catalogue.read(folder / ITEMS_FILE),

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -31,6 +30,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+from steerrec import __version__
 from steerrec.errors import HubError, SteerrecError
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def client(endpoint: str | None, token: str | bool | None) -> HfApi:
         endpoint_of(endpoint),
         token=token,
         library_name="steerrec",
-        library_version=version("steerrec"),
+        library_version=__version__,
     )
 
 

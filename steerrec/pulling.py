@@ -11,13 +11,13 @@ import inspect
 import os
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
+from steerrec import __version__
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
 from steerrec.files import atomic_folder
@@ -59,6 +59,12 @@ class Snapshot(os.PathLike[str]):
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def origin(self) -> tuple[str, str] | tuple[None, None]:
+        """What an artifact can name as its base model: repository and commit, of a whole one."""
+        whole = self.path.name == self.revision
+        return (self.repo_id, self.revision) if whole else (None, None)
+
     def copy_to(self, path: str | Path) -> Kind:
         """Copy the files of the format into a folder, after loading them; all of it or nothing.
 
@@ -80,8 +86,9 @@ class Snapshot(os.PathLike[str]):
             for name, file in files_of(self.path, kind).items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, folder / name)
-            if kind == "MODEL":
-                remember(folder, self.repo_id, self.revision)
+            repo_id, revision = self.origin
+            if kind == "MODEL" and repo_id is not None and revision is not None:
+                remember(folder, repo_id, revision)
         return kind
 
 
@@ -146,7 +153,7 @@ def pull(
                 local_files_only=local_files_only,
                 endpoint=api.endpoint,
                 library_name="steerrec",
-                library_version=version("steerrec"),
+                library_version=__version__,
             )
         )
         snapshot = Path(found)

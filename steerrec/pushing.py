@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from steerrec import __version__
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
 from steerrec.hub_client import client, hub_errors, patiently
@@ -140,7 +140,7 @@ def push(
     pushed = Pushed(repo_id, kind, sizes, base_model=base_model_of(files))
     if dry_run:
         return pushed
-    message = commit_message or f"{kind} pushed by steerrec {version('steerrec')}"
+    message = commit_message or f"{kind} pushed by steerrec {__version__}"
     sending = _Push(client(endpoint, token), repo_id, kind, files, branch, message, tag)
     with hub_errors(repo_id, revision=branch, endpoint=endpoint, token=token), _without_advice():
         if create_pr:  # a try whose answer was lost could not be told from none: only one

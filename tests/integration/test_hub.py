@@ -403,6 +403,19 @@ def test_a_subfolder(hub, artifact, model, tmp_path):
         load_artifact("acme/both", subfolder="other")
 
 
+def test_a_model_in_a_subfolder_is_no_base_model_that_others_could_find(hub, model, tmp_path):
+    files = {f"models/one/{name}": content for name, content in contents(model).items()}
+    HfApi(hub.url).create_repo("acme/many")
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    HfApi(hub.url).create_commit("acme/many", operations, commit_message="many")
+    rec = load_recommender("acme/many", subfolder="models/one")
+    assert torch.equal(scores(rec), scores(load(model)))
+    assert (rec.source, rec.repo_id) == ("acme/many", None)
+    assert "repo_id" not in make_artifact(rec).base_model
+    assert pull("acme/many", subfolder="models/one").copy_to(tmp_path / "copy") == "MODEL"
+    assert load(tmp_path / "copy").repo_id is None
+
+
 def test_a_cache_whose_blobs_are_shared_by_repositories(hub, artifact, cache, tmp_path):
     """As the client lays it out for what came by xet: a blob is a link into `cache/blobs`."""
     push(artifact, "acme/popsteer")
