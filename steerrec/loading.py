@@ -82,7 +82,8 @@ def load_recommender(
     if is_there(path) and path.is_dir():
         if options.get("revision") is not None:
             raise ModelError(f"{text} is a folder here: it has no revision {options['revision']!r}")
-        _refuse_settings(text, options)
+        if extra := sorted(options.keys() - HUB_OPTIONS):
+            raise ModelError(f"{text} holds its own settings; expected no {extra[0]}")
         return _adapter(_adapter_of_folder(path))(spec, device=device)
     name, _, rest = text.partition(":")
     if holds_no_items(text) and options.get("revision") is not None:
@@ -105,18 +106,12 @@ def load_recommender(
     if is_repo_id(text) and not is_there(path):
         from steerrec.pulling import local_folder
 
-        _refuse_settings(text, options)
         return load_recommender(local_folder(text, **options), device=device)
     known = ", ".join(f"{adapter}:PATH" for adapter in sorted(_adapter_targets()))
     raise ModelError(
         f"{text!r} is not a model: expected a folder written by `steerrec train`, a Hub id such as "
         f"'org/name', pkg.module:function, or {known}"
     )
-
-
-def _refuse_settings(text: str, options: dict[str, Any]) -> None:
-    if extra := sorted(options.keys() - HUB_OPTIONS):
-        raise ModelError(f"{text} holds its own settings; expected no {extra[0]}")
 
 
 def _open(name: str, text: str, options: dict[str, Any]) -> Recommender:

@@ -109,7 +109,7 @@ def test_a_file_is_no_hub_id(tmp_path, monkeypatch):
 
 def test_a_model_that_holds_its_own_settings_takes_no_others(folder, cached):
     assert "holds its own settings; expected no heads" in refusal(folder, heads=2)
-    assert "settings; expected no heads" in refusal("acme/sasrec", heads=2, **cached)
+    assert "cannot be had with 'heads'" in refusal("acme/sasrec", heads=2, **cached)
 
 
 # --- a function of the user's -------------------------------------------------------------------
