@@ -144,6 +144,20 @@ def test_models_on_the_hub(cli, world):
 
 
 @pytest.mark.usefixtures("shared")
+def test_an_imported_sae_and_a_comparison_for_a_model_on_the_hub(cli, world):
+    sae = next(world.artifact.glob("*/cfg.json")).parent
+    command = ("import-sae", sae, "acme/sasrec", "--revision", "v1", "--data", world.data)
+    found = cli(*command, "-o", "new")
+    assert found.code == 0, found.err
+    base = json.loads(Path("new/steerrec.json").read_text())["base_model"]
+    assert (base["repo_id"], len(base["revision"])) == ("acme/sasrec", 40)
+    compare = ("compare", "acme/popsteer", "--revision", "v1", "--data", world.data)
+    found = cli(*compare, "--methods", "popsteer", "--bootstrap", "5", "-o", "results", "--json")
+    assert found.code == 0, found.err
+    assert [method["name"] for method in found.json["methods"]] == ["popsteer"]
+
+
+@pytest.mark.usefixtures("shared")
 def test_scoring_goes_into_a_folder_here(cli, world):
     score = ("score", "acme/popsteer", "--data", world.data, "--users", "512")
     refused = cli(*score)
@@ -174,7 +188,14 @@ def test_offline(cli, shared, world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["evaluate model", "attach model -o new", "layers model", "score artifact"]
+    "command",
+    [
+        "evaluate model",
+        "attach model -o new",
+        "layers model",
+        "score artifact",
+        "compare artifact -o results",
+    ],
 )
 def test_what_is_here_has_no_revision(cli, model, artifact, world, command):
     name, folder, *options = command.split()

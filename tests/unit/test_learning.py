@@ -11,6 +11,7 @@ from steerrec.data import Histories, leave_one_out
 from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import evaluate
 from steerrec.learning import SteeringTraining, latest_states, learn_steering, temperature
+from steerrec.objectives import Objective, more_tail
 from steerrec.operations import ResponseTransform
 
 from .tiny import TinyRecommender
@@ -86,6 +87,17 @@ def test_a_budget_of_0_is_the_identity(rec, sae, split):
     steering = learn_steering(rec, sae, split, budget=0.0, k=5, training=QUICK)
     x = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(3))
     assert torch.equal(ResponseTransform(sae, steering)(x), x)
+    assert torch.equal(ResponseTransform(sae, steering)(x, 1.0), x)  # nothing was learned at all
+
+
+def test_tail_targets_are_guarded_apart_from_the_budget(rec, sae, split):
+    """What takes tail items out of the lists gains accuracy here, and yet is not admitted."""
+    groups = torch.from_numpy(rec.catalogue.groups.labels.copy())
+    more = more_tail(groups)
+    less = Objective("less_tail", lambda e: -more.prices(e), lambda e: -more.value(e))
+    steering = learn_steering(rec, sae, split, objective=less, budget=0.9, k=5, training=QUICK)
+    before, after = (measured(rec, sae, split, recipe) for recipe in (None, steering))
+    assert after["ndcg_tail@5"] >= before["ndcg_tail@5"]
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.05, 0.3])
