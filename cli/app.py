@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from steerrec.cli.attach import attach
+from steerrec.cli.card import card
 from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare),
-    *(push, pull),
+    *(card, push, pull),
 ):
     app.command()(command)
 

@@ -106,6 +106,7 @@ def compare(
         folder=output,
     )
     _write(result, output)
+    opt.record_result(artifact, here.site, "compare", result.to_dict(), output / "compare.png")
     if json_output:
         opt.print_json(result.to_dict())
     else:

@@ -337,6 +337,22 @@ def refuse_held(output: Path, rec: Recommender, site: Site) -> None:
     artifact.check(rec)
 
 
+def record_result(
+    artifact: str, site: Site, name: str, found: dict[str, Any], picture: Path | None = None
+) -> None:
+    """Keep what was measured in ARTIFACT, for its card; not where it is on the Hub or read-only."""
+    from steerrec.artifacts import save_result
+    from steerrec.errors import SteerrecError
+
+    if is_on_hub(artifact):
+        return
+    try:
+        drawn = None if picture is None else picture.read_bytes()
+        note(f"{save_result(artifact, site, name, found, picture=drawn)} written")
+    except (SteerrecError, OSError) as error:
+        note(f"not recorded in {artifact}: {error}")
+
+
 def not_on_hub(artifact: str, why: str) -> Exception:
     """The error for an artifact on the Hub where one has to be here, since it is written to."""
     from steerrec.errors import ArtifactError

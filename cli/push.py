@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,14 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be pushed.")
     ] = False,
+    overwrite_card: Annotated[
+        bool | None,
+        typer.Option(
+            "--overwrite-card/--keep-card",
+            help="What to do with a card on the Hub that was edited by hand; asks on a terminal.",
+            show_default=False,
+        ),
+    ] = None,
     json_output: opt.Json = False,
 ) -> None:
     """Publish FOLDER on the Hugging Face Hub in one commit.
@@ -65,11 +74,16 @@ def push(
         tag=tag,
         dry_run=dry_run,
         rec=None if model is None else load_recommender(model),
+        overwrite_card=_ask if overwrite_card is None else overwrite_card,
     )
     if pushed.base_model is None and pushed.kind == "ARTIFACT":
         opt.note(
             "the base model is not known to be on the Hub, so that others have to give --model; "
             "push it, then push this again with --model"
+        )
+    if pushed.card_kept:
+        opt.note(
+            "the card on the Hub was edited by hand and left as it is; --overwrite-card replaces it"
         )
     if json_output:
         opt.print_json({**asdict(pushed), "dry_run": dry_run})
@@ -81,3 +95,10 @@ def push(
         opt.note("nothing was sent")
     else:
         opt.note(f"pushed to {pushed.url} as {pushed.revision}")
+
+
+def _ask() -> bool:
+    """Ask on a terminal; elsewhere nothing that was made by hand is replaced."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    return typer.confirm("The card on the Hub was edited by hand. Replace it?", err=True)

@@ -45,9 +45,11 @@ def score(
     json_output: opt.Json = False,
 ) -> None:
     """Tell by synthetic users which neurons carry a contrast; the table goes into ARTIFACT."""
-    from steerrec.artifacts import save_table
+    from steerrec.artifacts import save_result, save_table
     from steerrec.attribution import score_neurons
+    from steerrec.card import NEURONS
     from steerrec.errors import DataError
+    from steerrec.explaining import table_in_words
     from steerrec.profiles import popularity_contrast
     from steerrec.recommender import fingerprint
 
@@ -83,12 +85,19 @@ def score(
         users=users,
         seed=seed,
     )
+    described = None
+    if here.site == rec.site:
+        described = table_in_words(table, here.sae, rec)
     if not strict:
         table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
     if output is None:
         file = str(save_table(artifact, here.site, table))
+        if described is not None:
+            save_result(artifact, here.site, f"{NEURONS}{table.name}", described)
     else:
         here.tables[table.name] = table
+        if described is not None:
+            here.results[f"{NEURONS}{table.name}"] = described
         opened.save(output)
         file = str(output)
     if json_output:

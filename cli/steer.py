@@ -164,7 +164,9 @@ def steer(
             k=k,
             mask_seen=mask_seen,
         )
-        write_sweep(result, output or SWEEP, title="Steering popularity", json=json_output)
+        folder = output or SWEEP
+        write_sweep(result, folder, title="Steering popularity", json=json_output)
+        opt.record_result(artifact, here.site, "sweep", result.to_dict(), folder / "sweep.png")
         return
     if split is SplitName.none:
         capture = partial(capture_users, rec, opt.histories_for(rec, interactions))

@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from steerrec.artifact_site import RECORD, plain_name
+from steerrec.artifact_site import RECORD
 from steerrec.errors import ArtifactError
-from steerrec.untrusted import read_json, shown
+from steerrec.untrusted import plain_name, read_json, shown
 
 FORMAT_VERSION = "1.0"
 """Major and minor: a minor one adds only what an older steerrec may pass over."""
 
-KNOWN = frozenset({"format_version", "base_model", "sites", "data", "versions"})
+KNOWN = frozenset({"format_version", "base_model", "sites", "data", "about", "versions"})
 """Keys of the record; others, of a newer steerrec, are kept."""
 
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
@@ -42,7 +42,7 @@ def read_record(folder: Path, root: Path) -> dict[str, Any]:
     _check_version(folder, record)
     match record:
         case {"base_model": {"fingerprint": dict() as marks}, "sites": dict() as entries} if (
-            entries and _is_reading(record.get("data", {}))
+            entries and _is_reading(record.get("data", {})) and _is_about(record.get("about", {}))
         ):
             pass
         case _:
@@ -71,6 +71,15 @@ def _is_reading(data: object) -> bool:
         and type(k_core) is int
         and type(dedup) is bool
     )
+
+
+def _is_about(about: object) -> bool:
+    """Whether this can be what people said of the artifact."""
+    if not isinstance(about, dict):
+        return False
+    names = about.get("datasets", [])
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return named and isinstance(about.get("license", ""), str)
 
 
 def _check_version(folder: Path, record: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ The record of all sites, and whose artifact it is, are in `artifacts`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from steerrec.artifact_results import read_results, write_picture, write_result
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
@@ -21,7 +21,14 @@ from steerrec.files import atomic_file, write_json
 from steerrec.sites import Site, TokenIds
 from steerrec.steering import Steering
 from steerrec.tensor_files import TensorFile, dtype_name, write_tensors
-from steerrec.untrusted import json_able, parse_object, printable, read_json, shown
+from steerrec.untrusted import (
+    json_able,
+    parse_object,
+    plain_name,
+    printable,
+    read_json,
+    shown,
+)
 
 RECORD = "steerrec.json"
 CONFIG = "cfg.json"
@@ -29,7 +36,6 @@ WEIGHTS = "sae_weights.safetensors"
 TABLES = "attribution"
 RECIPES = "steering"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NEEDED_COLUMNS = ("cohens_d", "std_a", "std_b")
 _DTYPES = {
     dtype_name(dtype): dtype
@@ -67,6 +73,10 @@ class SiteArtifact:
         Attribution tables by contrast.
     steerings
         Steering recipes by name.
+    results
+        What was measured, by name: `sweep`, `compare`, `neurons-CONTRAST`; JSON-able.
+    pictures
+        Pictures of results, by the same names; PNG files.
     unknown
         By file, the keys that a newer steerrec wrote there; kept when saved.
     """
@@ -76,6 +86,8 @@ class SiteArtifact:
     training: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, AttributionTable] = field(default_factory=dict)
     steerings: dict[str, Steering] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
     unknown: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self, contrast: str) -> AttributionTable:
@@ -120,22 +132,6 @@ class SiteArtifact:
             yield from (f"{shown(key)} in {RECIPES}/{name}" for key in steering.unknown)
 
 
-def plain_name(name: str, what: str) -> str:
-    """The name, if it can be that of a file or folder everywhere and leads nowhere else.
-
-    Raises
-    ------
-    ArtifactError
-        If it is anything else.
-    """
-    if not _NAME.fullmatch(name):
-        raise ArtifactError(
-            f"{what} {shown(name)} cannot be a file name; expected letters, digits, dots, dashes, "
-            "underscores, 100 at most"
-        )
-    return name
-
-
 def without(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The entries whose keys are not known."""
     return {key: value for key, value in values.items() if key not in known}
@@ -160,6 +156,10 @@ def write_site(folder: Path, here: SiteArtifact, source: object) -> None:
         write_table(folder, table)
     for steering in here.steerings.values():
         write_recipe(folder, steering)
+    for name, found in here.results.items():
+        write_result(folder, name, found)
+    for name, picture in here.pictures.items():
+        write_picture(folder, plain_name(name, "the name"), picture)
 
 
 def write_table(folder: Path, table: AttributionTable) -> Path:
@@ -230,6 +230,7 @@ def read_site(folder: Path, root: Path, entry: Any) -> SiteArtifact:
     for file in _parts(folder / RECIPES):
         steering = _read_recipe(file, root, d_sae)
         here.steerings[steering.name] = steering
+    here.results, here.pictures = read_results(folder, root)
     metadata = config.get("metadata")
     unknown = {
         RECORD: without(entry, {"site", "training"}),

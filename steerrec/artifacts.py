@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from steerrec.artifact_fit import Fit, measure_fit
 from steerrec.artifact_record import FORMAT_VERSION, KNOWN, minor, read_record, versions
+from steerrec.artifact_results import write_result
 from steerrec.artifact_site import (
     CONFIG,
     RECORD,
     WEIGHTS,
     SiteArtifact,
-    plain_name,
     read_entry,
     read_site,
     without,
@@ -34,15 +34,16 @@ from steerrec.artifact_site import (
 from steerrec.attachment import count_firings
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.card import is_made, make_card
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ArtifactError, ArtifactWarning, DataError, SiteError
-from steerrec.files import atomic_folder, recover_folder, write_json
+from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 from steerrec.hub_names import check_repo_id, is_repo_id, is_sha
 from steerrec.published import cache_of
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
-from steerrec.untrusted import json_able, open_inside, read_json, shown
+from steerrec.untrusted import json_able, open_inside, plain_name, read_json, shown
 
 if TYPE_CHECKING:
     from steerrec.pulling import Snapshot
@@ -57,6 +58,8 @@ __all__ = [
     "Fit",
     "SiteArtifact",
     "load_artifact",
+    "save_card",
+    "save_result",
     "save_site",
     "save_steering",
     "save_table",
@@ -90,6 +93,8 @@ class Artifact:
         How the interactions were read, the default of later commands.
     items
         The catalogue, where the base model is a checkpoint that does not hold its items.
+    about
+        What only people know, for the card: `datasets`, a list of names, and `license`.
     unknown
         Keys of the record that a newer steerrec wrote; kept when saved.
     """
@@ -98,6 +103,7 @@ class Artifact:
     sites: dict[str, SiteArtifact]
     data: dict[str, Any] = field(default_factory=dict)
     items: Catalogue | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     unknown: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -310,12 +316,16 @@ class Artifact:
         return measure_fit(rec, histories, here)
 
     def save(self, path: str | Path) -> None:
-        """Write the whole artifact; an existing one at `path` is replaced, never mixed with."""
+        """Write the whole artifact; an existing one at `path` is replaced, never mixed with.
+
+        Only a card that was edited by hand stays.
+        """
+        edited = _edited_card(Path(path))
         with atomic_folder(path) as folder:
             self._write_record(folder)
             if self.items is not None:
                 self.items.write(folder / CATALOGUE)
-            (folder / CARD).write_text(self._card(), encoding="utf-8")
+            (folder / CARD).write_text(edited or make_card(self), encoding="utf-8")
             for name, here in self.sites.items():
                 write_site(folder / plain_name(name, "site folder"), here, self._source())
 
@@ -324,6 +334,7 @@ class Artifact:
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
             "data": self.data,
+            "about": self.about,
             "sites": {
                 name: {"site": here.site.to_dict(), "training": here.training}
                 | here.unknown.get(RECORD, {})
@@ -336,41 +347,6 @@ class Artifact:
 
     def _source(self) -> object:
         return self.base_model.get("source")
-
-    def _origin(self) -> str:
-        adapter, source = (self.base_model.get(key) for key in ("adapter", "source"))
-        return f"{adapter}" if source is None else f"{adapter} `{source}`"
-
-    def _card(self) -> str:
-        lines = [
-            "---",
-            "library_name: steerrec",
-            "tags: [recommendation, sparse-autoencoder, steering]",
-            "---",
-            "",
-            "# Sparse autoencoder for a sequential recommender",
-            "",
-            f"Base model: {self._origin()}.",
-            "",
-            "| site | latents | k | FVU | L0 | dead share |",
-            "|---|---|---|---|---|---|",
-        ]
-        for here in self.sites.values():
-            found = here.training.get("reconstruction")
-            found = found if isinstance(found, dict) else {}
-            numbers = " | ".join(_number(found.get(key)) for key in ("fvu", "l0", "dead_share"))
-            lines.append(f"| `{here.site.path}` | {here.sae.d_sae} | {here.sae.k} | {numbers} |")
-        load = [
-            "",
-            "```python",
-            "import steerrec",
-            "",
-            'artifact = steerrec.load_artifact("path/to/this/folder")',
-            "transform = artifact.transform()  # transform(user_vectors, alpha) -> [B, H]",
-            "```",
-            "",
-        ]
-        return "\n".join(lines + load)
 
 
 def load_artifact(
@@ -455,6 +431,7 @@ def _read(folder: Path, root: Path) -> tuple[Artifact, str]:
         sites,
         record.get("data", {}),
         _read_catalogue(folder, root),
+        record.get("about", {}),
         without(record, KNOWN),
     )
     unknown = [f"{shown(key)} in {RECORD}" for key in artifact.unknown]
@@ -481,12 +458,94 @@ def _read_catalogue(folder: Path, root: Path) -> Catalogue | None:
 
 def save_table(path: str | Path, site: Site, table: AttributionTable) -> Path:
     """Add an attribution table to an artifact on disk, or replace the one of its contrast."""
-    return write_table(_site_folder(path, site, len(table)), table)
+    return _refreshed(path, write_table(_site_folder(path, site, len(table)), table))
 
 
 def save_steering(path: str | Path, site: Site, steering: Steering) -> Path:
     """Add a steering recipe to an artifact on disk, or replace the one of its name."""
-    return write_recipe(_site_folder(path, site, len(steering.shift)), steering)
+    return _refreshed(path, write_recipe(_site_folder(path, site, len(steering.shift)), steering))
+
+
+def save_result(
+    path: str | Path,
+    site: Site,
+    name: str,
+    found: Mapping[str, Any],
+    *,
+    picture: bytes | None = None,
+) -> Path:
+    """Add what was measured to an artifact on disk, or replace the result of this name.
+
+    Parameters
+    ----------
+    path
+        The artifact's folder.
+    site
+        The site that was steered.
+    name
+        `sweep` or `compare` for what the card is to show; others are kept too.
+    found
+        JSON-able.
+    picture
+        A PNG file that shows it.
+    """
+    folder = _site_folder(path, site)
+    return _refreshed(path, write_result(folder, name, found, picture))
+
+
+def save_card(
+    path: str | Path,
+    *,
+    datasets: Sequence[str] | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+) -> bool:
+    """Make the card of an artifact on disk anew from what the artifact holds.
+
+    Parameters
+    ----------
+    path
+        The artifact's folder.
+    datasets, license
+        What the front matter says of them from now on; as before if not given.
+    overwrite
+        Whether to replace a card that was edited by hand.
+
+    Returns
+    -------
+    bool
+        Whether the card was written; False where an edited one was left as it is.
+    """
+    artifact = load_artifact(path)
+    if datasets is not None:
+        artifact.about["datasets"] = list(datasets)
+    if license is not None:
+        artifact.about["license"] = license
+    text = make_card(artifact)
+    if datasets is not None or license is not None:
+        artifact._write_record(Path(path))
+    if not overwrite and _edited_card(Path(path)) is not None:
+        return False
+    with atomic_file(Path(path) / CARD) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def _refreshed(path: str | Path, file: Path) -> Path:
+    """The file, with a card that tells of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArtifactWarning)  # said when the artifact was loaded
+        save_card(path)
+    return file
+
+
+def _edited_card(folder: Path) -> str | None:
+    """The card in a folder, if there is one and it is not as steerrec made it."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return None if is_made(text) else text
 
 
 def save_site(
@@ -503,26 +562,25 @@ def save_site(
     `Artifact.add`.
     """
     artifact = load_artifact(path)
-    card = artifact._card()
     site = site or rec.site
     here = artifact.add(rec, sae, site=site, training=training)
     with atomic_folder(path) as folder:
         shutil.copytree(Path(path).resolve(), folder, symlinks=True, dirs_exist_ok=True)
-        if (folder / CARD).is_file() and (folder / CARD).read_bytes() == card.encode():
-            (folder / CARD).write_text(artifact._card(), encoding="utf-8")
+        if _edited_card(folder) is None:
+            (folder / CARD).write_text(make_card(artifact), encoding="utf-8")
         write_site(folder / site.folder, here, artifact._source())
         artifact._write_record(folder)
 
 
-def _site_folder(path: str | Path, site: Site, latents: int) -> Path:
-    """Where an artifact on disk holds an SAE of so many latents for the site."""
+def _site_folder(path: str | Path, site: Site, latents: int | None = None) -> Path:
+    """Where an artifact on disk holds an SAE, of so many latents, for the site."""
     folder = Path(path)
     name: str
     for name, entry in read_record(folder, folder)["sites"].items():
         if read_entry(folder / name, entry)[0] != site:
             continue
         found = read_json(folder / name / CONFIG, folder).get("d_sae")
-        if found != latents:
+        if latents is not None and found != latents:
             raise ArtifactError(
                 f"{folder / name} holds an SAE of {found} latents; what is to be added is for "
                 f"{latents}"
@@ -537,7 +595,3 @@ def _description(mark: Mapping[str, Any]) -> str:
         f"a {str(mark.get('class'))[:80]} of width {mark.get('width')} with {mark.get('items')} "
         f"items and weights {str(mark.get('model_sha256'))[:12]}"
     )
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float | int) else "–"

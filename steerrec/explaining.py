@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.operations import ResponseSteering
-from steerrec.recommender import ItemHead
+from steerrec.recommender import ItemHead, Recommender
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,7 @@ def neuron_effects(
     users = len(user_vectors)
     size = (square / users).sqrt() * steering.vectors.norm(dim=1).double()  # [d_sae]
     order = size.argsort(descending=True, stable=True)[:neurons]
-    weight = F.normalize(head.weight, dim=-1) if head.normalize else head.weight
-    effects = steering.vectors[order].to(weight) @ weight.T  # [neurons, N]
-    count = min(items, len(head))
-    raised, lowered = effects.topk(count).indices, effects.topk(count, largest=False).indices
+    raised, lowered = moved_items(steering.vectors[order], head, items)
     return [
         NeuronEffect(
             neuron=int(neuron),
@@ -90,3 +89,54 @@ def neuron_effects(
         for place, neuron in enumerate(order)
         if size[neuron] > 0
     ]
+
+
+@torch.no_grad()
+def moved_items(vectors: Tensor, head: ItemHead, items: int) -> tuple[Tensor, Tensor]:
+    """Items whose scores vectors [V, H] raise and lower most when added: two of [V, items]."""
+    weight = F.normalize(head.weight, dim=-1) if head.normalize else head.weight
+    effects = vectors.to(weight) @ weight.T  # [V, N]
+    count = min(items, len(head))
+    return effects.topk(count).indices, effects.topk(count, largest=False).indices
+
+
+def table_in_words(
+    table: AttributionTable,
+    sae: SparseAutoencoder,
+    rec: Recommender,
+    *,
+    neurons: int = 10,
+    items: int = 5,
+) -> dict[str, Any]:
+    """The strongest neurons of a contrast with the titles of the items that each moves, JSON-able.
+
+    Parameters
+    ----------
+    table
+        Attribution table of the contrast.
+    sae
+        An SAE of the vector that the scores are computed from.
+    rec
+        Its recommender.
+    neurons, items
+        How many neurons, and how many items of each, at most.
+    """
+    order = table.strongest(neurons)
+    raised, lowered = moved_items(sae.W_dec[order.to(sae.W_dec.device)], rec.item_head, items)
+    titles = rec.catalogue.titles
+
+    def named(rows: Tensor) -> list[str]:
+        return [titles[row] for row in rows.tolist()]
+
+    return {
+        "contrast": table.contrast,
+        "neurons": [
+            {
+                "neuron": neuron,
+                "cohens_d": float(table["cohens_d"][neuron]),
+                "raises": named(raised[place]),
+                "lowers": named(lowered[place]),
+            }
+            for place, neuron in enumerate(order.tolist())
+        ],
+    }

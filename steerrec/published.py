@@ -30,6 +30,8 @@ PATTERNS = (
     "*/sae_weights.safetensors",
     "*/attribution/*.safetensors",
     "*/steering/*.safetensors",
+    "*/results/*.json",
+    "*/results/*.png",
     "config.json",
     "model.safetensors",
     "items.parquet",
@@ -38,7 +40,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILES: dict[Kind, re.Pattern[str]] = {
     "ARTIFACT": re.compile(
         rf"steerrec\.json|README\.md|catalogue\.parquet|{_NAME}/(?:cfg\.json|sae_weights\.safetensors"
-        rf"|(?:attribution|steering)/{_NAME}\.safetensors)"
+        rf"|(?:attribution|steering)/{_NAME}\.safetensors|results/{_NAME}\.(?:json|png))"
     ),
     "MODEL": re.compile(
         r"steerrec\.json|README\.md|config\.json|model\.safetensors|items\.parquet"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import (
@@ -20,6 +21,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from steerrec import __version__
+from steerrec.card import is_made, make_card
 from steerrec.checksums import checksum, checksum_of
 from steerrec.errors import HubError
 from steerrec.hub_client import client, hub_errors, patiently
@@ -58,6 +60,8 @@ class Pushed:
     base_model
         Repository and commit that an ARTIFACT names as its base model; None if it names none, so
         that whoever pulls it has to know the model.
+    card_kept
+        Whether the card on the Hub, which somebody edited by hand, was left as it is.
     """
 
     repo_id: str
@@ -66,6 +70,7 @@ class Pushed:
     revision: str | None = None
     url: str | None = None
     base_model: dict[str, str] | None = None
+    card_kept: bool = False
 
 
 def push(
@@ -82,6 +87,7 @@ def push(
     dry_run: bool = False,
     rec: Recommender | None = None,
     card: str | None = None,
+    overwrite_card: bool | Callable[[], bool] = False,
 ) -> Pushed:
     """Publish a MODEL or ARTIFACT folder on the Hub, in one commit.
 
@@ -116,7 +122,11 @@ def push(
         The base model of an ARTIFACT, loaded from the Hub or from a folder that was pushed to it:
         its id and commit are recorded, once it is found to be the very model.
     card
-        Text of README.md, in place of the folder's own.
+        Text of README.md. By default it is the folder's own if that was edited by hand, and for an
+        ARTIFACT else one that is made anew (`steerrec.card`).
+    overwrite_card
+        Whether to replace a card on the Hub that was edited by hand, by any but `card`; a function
+        is asked if there is one.
 
     Raises
     ------
@@ -134,6 +144,9 @@ def push(
     folder = Path(folder)
     kind = check_folder(folder)
     base_model = _base_model(folder, kind, rec)
+    overwrite_card = overwrite_card if card is None else True
+    if card is None and kind == "ARTIFACT":
+        card = _card(folder, repo_id, base_model)
     files = contents(folder, kind, base_model=base_model, card=card)
     _refuse_secrets(files, token)
     sizes = {name: size_of(file) for name, file in files.items()}
@@ -141,7 +154,8 @@ def push(
     if dry_run:
         return pushed
     message = commit_message or f"{kind} pushed by steerrec {__version__}"
-    sending = _Push(client(endpoint, token), repo_id, kind, files, branch, message, tag)
+    api = client(endpoint, token)
+    sending = _Push(api, repo_id, kind, files, branch, message, tag, overwrite_card)
     with hub_errors(repo_id, revision=branch, endpoint=endpoint, token=token), _without_advice():
         if create_pr:  # a try whose answer was lost could not be told from none: only one
             return sending.propose(pushed)
@@ -162,6 +176,8 @@ class _Push:
     branch: str
     message: str
     tag: str | None
+    overwrite_card: bool | Callable[[], bool]
+    card_kept: bool = False
 
     def commit(self, pushed: Pushed, private: bool | None) -> Pushed:
         try:
@@ -194,7 +210,7 @@ class _Push:
         if self.tag is not None and self.tag not in tags:
             self.api.create_tag(self.repo_id, tag=self.tag, revision=head, exist_ok=True)
         url = f"{self.api.endpoint}/{self.repo_id}"
-        return replace(pushed, revision=head, url=url)
+        return replace(pushed, revision=head, url=url, card_kept=self.card_kept)
 
     def propose(self, pushed: Pushed) -> Pushed:
         operations = self._operations(self._head())
@@ -207,7 +223,7 @@ class _Push:
             revision=self.branch,
             create_pr=True,
         )
-        return replace(pushed, revision=made.oid, url=made.pr_url)
+        return replace(pushed, revision=made.oid, url=made.pr_url, card_kept=self.card_kept)
 
     def _head(self) -> str:
         sha = self.api.repo_info(self.repo_id, revision=self.branch).sha
@@ -225,10 +241,38 @@ class _Push:
             for path, file in self.files.items()
             if path not in there or checksum(file, there[path]) != there[path]
         }
+        if CARD in changed and CARD in there and not self._may_replace_card(head):
+            del changed[CARD]
+            self.card_kept = True
         return [
             *(CommitOperationAdd(path, file) for path, file in changed.items()),
             *(CommitOperationDelete(path) for path in gone if path != CARD),
         ]
+
+    def _may_replace_card(self, head: str) -> bool:
+        """Whether the card on the Hub was made by steerrec, or may be replaced all the same."""
+        if self.overwrite_card is True:
+            return True
+        with TemporaryDirectory() as folder:
+            there = self.api.hf_hub_download(self.repo_id, CARD, revision=head, local_dir=folder)
+            text = Path(there).read_bytes().decode(errors="replace")
+        if is_made(text):
+            return True
+        if callable(self.overwrite_card):  # asked once, however often the push is tried
+            self.overwrite_card = self.overwrite_card()
+        return self.overwrite_card
+
+
+def _card(folder: Path, repo_id: str, base_model: dict[str, Any] | None) -> str | None:
+    """The card of an ARTIFACT as it is to be on the Hub; None if its own was edited by hand."""
+    from steerrec.artifacts import load_artifact
+
+    own = folder / CARD
+    if own.is_file() and not is_made(own.read_text(encoding="utf-8", errors="replace")):
+        return None
+    artifact = load_artifact(folder, root=cache_of(folder))
+    artifact.base_model |= base_model or {}
+    return make_card(artifact, repo_id=repo_id)
 
 
 def _base_model(folder: Path, kind: Kind, rec: Recommender | None) -> dict[str, Any] | None:

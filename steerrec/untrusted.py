@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ MAX_JSON = 4 << 20
 
 # a pipe would be waited for until somebody writes; what Windows calls text is not wanted
 _AS_IT_IS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 50
 _MAX_DIGITS = 18
@@ -112,6 +114,22 @@ def parse_json(data: bytes | str, where: object) -> Any:
     except ValueError as error:
         raise ArtifactError(f"{where} cannot be read: {error}") from error
     return value
+
+
+def plain_name(name: str, what: str) -> str:
+    """The name, if it can be that of a file or folder everywhere and leads nowhere else.
+
+    Raises
+    ------
+    ArtifactError
+        If it is anything else.
+    """
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(
+            f"{what} {shown(name)} cannot be a file name; expected letters, digits, dots, dashes, "
+            "underscores, 100 at most"
+        )
+    return name
 
 
 def shown(value: object, limit: int = 80) -> str:

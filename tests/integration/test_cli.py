@@ -318,7 +318,10 @@ def test_a_sweep_is_drawn_and_agrees_with_the_other_commands(cli, world, tmp_pat
     folder = tmp_path / "new" / "sweep"
     found = cli(*world.steer, "--sweep", "--alphas", "0.5,2", "-o", folder, "--json")
     swept = found.json
-    assert found.err == ""
+    (kept,) = world.artifact.glob("*/results/sweep.json")
+    assert found.err == f"{kept} written\n"
+    assert json.loads(kept.read_text()) == swept
+    assert "### Before and after" in (world.artifact / "README.md").read_text()
     assert json.loads((folder / "sweep.json").read_text()) == swept
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in folder.iterdir()) == ["sweep.json", "sweep.png"]

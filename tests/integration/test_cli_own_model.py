@@ -188,7 +188,8 @@ def test_from_attach_to_steered_recommendations(cli, shop):
     assert (attached.code, attached.err) == (0, "")
     record = json.loads((shop / "artifact" / "steerrec.json").read_text())
     assert record["base_model"]["source"] == "own_shop:load"
-    assert "Base model: wrap `own_shop:load`." in (shop / "artifact" / "README.md").read_text()
+    card = (shop / "artifact" / "README.md").read_text()
+    assert "opened from `own_shop:load`, which is not on the Hub" in card
 
     given = ("--data", "visits.csv", "--model", "own_shop:load")
     scored = cli("score", "artifact", *given, "--users", "512", "--json").json

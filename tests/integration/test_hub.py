@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from steerrec.adapters.sasrec import SASRecRecommender, load
-from steerrec.artifacts import Artifact, load_artifact
+from steerrec.artifacts import Artifact, load_artifact, save_card
 from steerrec.errors import ArtifactError, HubError
 from steerrec.hub import pull, push
 from steerrec.layers import site_at
@@ -331,6 +331,47 @@ def test_a_card_can_be_given(hub, artifact, model):
     pushed = push(artifact, "acme/popsteer", card=f"---\na: b\n---\nof {model}\n")
     assert published(hub, "acme/popsteer")["README.md"] == b"---\na: b\n---\nof model\n"
     assert pushed.files["README.md"] == 22
+
+
+def edit_on_the_hub(hub, text):
+    repo = hub.repository("acme/popsteer")
+    head = repo.commit_at("main")
+    files = {**head.files, "README.md": hub.store.put(text.encode())}
+    repo.branches["main"] = repo.add("by hand", files, head.oid).oid
+
+
+def test_a_card_that_was_made_is_made_anew(hub, artifact):
+    push(artifact, "acme/popsteer")
+    assert b'load_artifact("acme/popsteer")' in published(hub, "acme/popsteer")["README.md"]
+    save_card(artifact, license="mit")
+    assert not push(artifact, "acme/popsteer").card_kept
+    assert b"license: mit" in published(hub, "acme/popsteer")["README.md"]
+
+
+def test_a_card_edited_on_the_hub_is_replaced_only_when_asked_for(hub, artifact):
+    push(artifact, "acme/popsteer")
+    edit_on_the_hub(hub, "mine")
+    save_card(artifact, license="mit")
+    asked = []
+
+    def no():
+        asked.append(1)
+        return False
+
+    for answer in (False, no):
+        assert push(artifact, "acme/popsteer", overwrite_card=answer).card_kept
+        stored = published(hub, "acme/popsteer")
+        assert stored["README.md"] == b"mine"
+    assert b'"license": "mit"' in stored["steerrec.json"]
+    assert asked == [1]
+    assert not push(artifact, "acme/popsteer", overwrite_card=lambda: True).card_kept
+    assert b"license: mit" in published(hub, "acme/popsteer")["README.md"]
+
+
+def test_a_card_edited_here_is_pushed(hub, artifact):
+    (artifact / "README.md").write_text("by hand")
+    push(artifact, "acme/popsteer")
+    assert published(hub, "acme/popsteer")["README.md"] == b"by hand"
 
 
 # --- pulling ------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_refusals_in_one_line(cli, shared, here, arguments, complaint):
 
 def test_no_bars_where_stderr_is_no_terminal(cli, shared):
     found = cli("pull", "acme/popsteer", "-o", "mine")
-    assert found.err == f"mine: ARTIFACT acme/popsteer at {sha(shared)}, 5 files\n"
+    assert found.err == f"mine: ARTIFACT acme/popsteer at {sha(shared)}, 6 files\n"
 
 
 def sha(hub):
