@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 TAGS = ("recommendation", "sequential-recommendation", "sparse-autoencoder", "steering")
 METRICS = ("ndcg", "hr", "ltc", "gini", "coverage", "ndcg_tail")
 TITLES = {
-    "ndcg": "nDCG",
-    "hr": "HR",
-    "ltc": "LTC",
-    "gini": "Gini",
-    "coverage": "coverage",
-    "ndcg_tail": "nDCG, tail targets",
+    "ndcg": "nDCG@{k}",
+    "hr": "HR@{k}",
+    "ltc": "LTC@{k}",
+    "gini": "Gini@{k}",
+    "coverage": "coverage@{k}",
+    "ndcg_tail": "nDCG@{k}, tail targets",
 }
 NEURONS = "neurons-"
 """How the results are called in which the strongest neurons of a contrast are described."""
@@ -154,7 +154,7 @@ def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:
     for budget, alpha, point in chosen:
         rows.append([f"{budget:.0%} budget", _number(alpha, "g"), *_metrics(point, k)])
     rule = _dig(here.results["sweep"], "steering", "name")
-    columns = ["", "strength", *(f"{TITLES[m]}@{k}" for m in METRICS)]
+    columns = ["", "strength", *(TITLES[m].format(k=k) for m in METRICS)]
     yield (
         f"### Before and after\n\nSteered by {_code(rule)}; for each budget of nDCG the strength "
         "with the lowest Gini that keeps it on validation, and nDCG on tail targets too, measured "
@@ -184,7 +184,7 @@ def _compared(folder: str, here: SiteArtifact) -> Iterator[str]:
         value = _dig(chosen[0], "value")
         name = escaped(str(_dig(method, "name"))) + control
         rows.append([name, _number(value, "g"), *_metrics(chosen[0], k), *volumes])
-    columns = ["method", "strength", *(f"{TITLES[m]}@{k}" for m in METRICS), "HV Gini", "HV LTC"]
+    columns = ["method", "strength", *(TITLES[m].format(k=k) for m in METRICS), "HV Gini", "HV LTC"]
     yield (
         "### Compared with re-ranking\n\nEach method at the setting with the lowest Gini that "
         "keeps 95 % of nDCG, and nDCG on tail targets, on validation; measured on test. HV: "
@@ -200,19 +200,21 @@ def _neurons(described: Mapping[str, Any]) -> Iterator[str]:
         return
     rows = [
         [
-            _count(_dig(each, "neuron")),
+            _number(_dig(each, "neuron"), "d") if type(_dig(each, "neuron")) is int else "–",
             _number(_dig(each, "cohens_d"), "+.2f"),
+            *(_number(_dig(each, f"firing_rate_{group}"), ".1%") for group in "ab"),
             "; ".join(map(escaped, _texts(_dig(each, "raises"))[:5])) or "–",
             "; ".join(map(escaped, _texts(_dig(each, "lowers"))[:5])) or "–",
         ]
         for each in neurons
     ]
     labels = [escaped(str(_dig(described, "contrast", group, "label"))) for group in _GROUPS]
+    columns = ["neuron", "Cohen's d", *(f"fires, {label}" for label in labels), "raises", "lowers"]
     yield (
         f"### Strongest neurons: {escaped(str(_dig(described, 'contrast', 'name')))}\n\n"
         f"Cohen's d between synthetic users of {labels[0]} (+) and {labels[1]} (−) items; the "
         "items whose scores a neuron raises and lowers most while it is active.\n\n"
-        + _table(["neuron", "Cohen's d", "raises", "lowers"], rows)
+        + _table(columns, rows, numbers=4)
     )
 
 
@@ -364,9 +366,10 @@ def _line(text: str) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
-def _table(columns: list[str], rows: list[Any]) -> str:
-    """A Markdown table; numbers on the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+def _table(columns: list[str], rows: list[Any], numbers: int | None = None) -> str:
+    """A Markdown table, whose columns from the second on, or the first so many, are numbers."""
+    names = range(1) if numbers is None else range(numbers, len(columns))
+    lines = [columns, ["---" if i in names else "---:" for i in range(len(columns))], *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 

@@ -14,6 +14,8 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import ItemHead, Recommender
 
+_SHOWN = ("cohens_d", "firing_rate_a", "firing_rate_b")
+
 
 @dataclass(frozen=True)
 class NeuronEffect:
@@ -133,7 +135,7 @@ def table_in_words(
         "neurons": [
             {
                 "neuron": neuron,
-                "cohens_d": float(table["cohens_d"][neuron]),
+                **{name: float(table[name][neuron]) for name in _SHOWN if name in table.columns},
                 "raises": named(raised[place]),
                 "lowers": named(lowered[place]),
             }

@@ -174,7 +174,7 @@ def test_a_title_means_nothing_to_markdown(artifact, text):
     assert "\u202e" not in body
     assert "\nlicense: stolen" not in card
     (row,) = [row for row in rows(card) if row.startswith("| 1 |")]
-    assert row.replace("\\|", "").count("|") == 5
+    assert row.replace("\\|", "").count("|") == 7
     assert len(card) < 10_000
     assert is_made(card)
 
