@@ -167,14 +167,14 @@ def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:
 def _compared(folder: str, here: SiteArtifact) -> Iterator[str]:
     found = here.results.get("compare", {})
     k, base = _dig(found, "protocol", "k"), _dig(found, "base", "test")
-    methods = _dig(found, "methods")
-    if not isinstance(methods, list) or not isinstance(base, Mapping):
+    methods = _list(_dig(found, "methods"))
+    if not methods or not isinstance(base, Mapping):
         return
     rows = [["unsteered", "", *_metrics({"metrics": base}, k), "", ""]]
     for method in methods:
         chosen = [
             row
-            for row in _dig(method, "rows") or []
+            for row in _list(_dig(method, "rows"))
             if _dig(row, "budget") == 0.05 and _dig(row, "by") == "gini"
         ]
         if not chosen:
@@ -195,8 +195,8 @@ def _compared(folder: str, here: SiteArtifact) -> Iterator[str]:
 
 
 def _neurons(described: Mapping[str, Any]) -> Iterator[str]:
-    neurons = described.get("neurons")
-    if not isinstance(neurons, list) or not neurons:
+    neurons = _list(described.get("neurons"))
+    if not neurons:
         return
     rows = [
         [
@@ -306,8 +306,7 @@ def budget_points(
     None where it is no sweep that is understood.
     """
     by_alpha: dict[float, dict[str, Any]] = {}
-    points = sweep.get("points")
-    for point in points if isinstance(points, list) else ():
+    for point in _list(sweep.get("points")):
         alpha, test = _dig(point, "alpha"), _dig(point, "test")
         if _finite(alpha) and isinstance(_dig(test, "metrics"), Mapping):
             by_alpha[alpha] = test
@@ -339,8 +338,12 @@ def _dig(value: Any, *keys: str) -> Any:
     return value
 
 
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _texts(value: object) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    return [each for each in _list(value) if isinstance(each, str)]
 
 
 def _finite(value: object) -> bool:

@@ -8,6 +8,7 @@ import json
 import random
 import resource
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from steerrec.artifacts import Artifact, load_artifact
 from steerrec.attribution import score_neurons
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactWarning, SteerrecError
+from steerrec.explaining import table_in_words
 from steerrec.profiles import popularity_contrast
 from steerrec.steering import Steering
 
+from .test_card import COMPARE, PNG, SWEEP
 from .tiny import random_histories, random_recommender
 
 QUICK, THOROUGH = 1000, 30_000
@@ -55,6 +58,10 @@ def honest(rec, tmp_path_factory):
     made.at().tables[table.name] = table
     made.at().steerings["popsteer"] = Steering.popsteer(table, alpha=1.5)
     made.at().training.update({"reconstruction": {"fvu": 0.1, "l0": 2.0}, "log": [{"epoch": 1}]})
+    made.about.update({"datasets": ["visits"], "license": "mit"})
+    made.at().results |= {"sweep": SWEEP, "compare": COMPARE}
+    made.at().results["neurons-popularity"] = table_in_words(table, sae, rec, neurons=2, items=2)
+    made.at().pictures["sweep"] = PNG
     made.save(folder)
     return folder
 
@@ -150,11 +157,13 @@ def mutate_safetensors(rng, data):
     return len(header).to_bytes(8, "little") + header + body
 
 
+MUTATE = {".safetensors": mutate_safetensors, ".json": mutate_json, ".png": mutate_bytes}
+
+
 def mutations(rng, files):
     """One file of the artifact, or two, and what becomes of them."""
     for name in rng.sample(sorted(files), rng.choice([1, 1, 1, 2])):
-        mutate = mutate_safetensors if name.endswith(".safetensors") else mutate_json
-        yield name, mutate(rng, files[name])
+        yield name, MUTATE[Path(name).suffix](rng, files[name])
 
 
 # --- what may happen
