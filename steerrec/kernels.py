@@ -1,4 +1,4 @@
-"""Loops over rows of an SAE on a CPU, compiled by numba: selection, and a steered decode.
+"""Loops over rows on a CPU, compiled by numba: selection, a steered decode, the best items.
 
 A torch operation costs microseconds to call and reads its operands from memory anew; steering one
 user vector takes a dozen of them. Here a row stays in the cache from its pre-activations to the
@@ -226,4 +226,62 @@ def steered(
             _decode(before, decoder, entries, indices, k)
             for t in range(len(before)):
                 out[r, t] -= before[t]
+    return True
+
+
+_BLOCK = 64  # scores whose largest is looked at before any of them is
+
+
+@_compiled()
+def _has_nan(row: Floats) -> bool:
+    bits, largest = row.view(np.uint32), np.uint32(0)
+    for i in range(len(bits)):
+        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+    return bool(largest > np.uint32(0x7F800000))
+
+
+@_compiled(fastmath={"nnan", "nsz", "reassoc"})  # rows with a NaN do not come here
+def _insert(row: Floats, rows: Indices, values: Floats, ids: Indices) -> None:
+    """Put what is above the worst of `values`, which descend, in its place among them."""
+    k, width = len(values), len(row)
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        top = row[start]
+        for j in range(start, stop):
+            top = max(top, row[j])
+        if top <= values[k - 1]:
+            continue
+        for j in range(start, stop):
+            value = row[j]
+            if value > values[k - 1]:
+                place = k - 1
+                while place > 0 and value > values[place - 1]:
+                    values[place], ids[place] = values[place - 1], ids[place - 1]
+                    place -= 1
+                values[place], ids[place] = value, rows[j]
+
+
+@_compiled("boolean(float32[:, ::1], int64[::1], float32[:, ::1], int64[:, ::1])")
+def best(scores: Floats, rows: Indices, values: Floats, ids: Indices) -> bool:
+    """Add a chunk of scores to the best so far; equal scores are in the order in which they come.
+
+    Parameters
+    ----------
+    scores
+        [B, C], minus infinity for what is never taken.
+    rows
+        What the columns are called, [C].
+    values, ids
+        The k best so far, descending, and what they are called, [B, k]; minus infinity and -1 in
+        empty places.
+
+    Returns
+    -------
+    bool
+        False, with nothing of use in `values` and `ids`, if a score is NaN.
+    """
+    for r in range(len(scores)):
+        if _has_nan(scores[r]):
+            return False
+        _insert(scores[r], rows, values[r], ids[r])
     return True

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerrec.compiled import as_arrays, kernels
 from steerrec.data import Histories
 from steerrec.errors import DataError, ModelError
 from steerrec.recommender import ItemHead
@@ -144,6 +145,15 @@ def score_chunks(
         yield users, parts(users)
 
 
+INSERTED = 64
+"""Lists of at most so many items are made by inserting one after the other."""
+
+_NAN = (
+    "a score is NaN: the user vectors, the item matrix or its bias hold NaN or infinite values; "
+    "check the model's weights and the strength of the steering"
+)
+
+
 class Best:
     """The k best items of a chunk of users so far, fed a chunk of items at a time."""
 
@@ -153,9 +163,27 @@ class Best:
 
     def add(self, scores: Tensor, items: Tensor) -> None:
         """Add the scores [B, C] of catalogue rows [C], ascending and above all added before."""
+        if self.k <= INSERTED and self._inserted(scores, items):
+            return
         values, columns = _best_columns(scores, min(self.k, len(items)))
         found = values, items[columns]
         self._best = found if self._best is None else _merge(self._best, found, self.k)
+
+    def _inserted(self, scores: Tensor, items: Tensor) -> bool:
+        """Add them by a compiled loop, if that can be."""
+        arrays = as_arrays(scores)
+        loops = None if arrays is None else kernels()
+        if arrays is None or loops is None:
+            return False
+        if self._best is None:
+            shape = len(scores), self.k
+            self._best = scores.new_full(shape, -torch.inf), items.new_full(shape, -1)
+        best = self.values.contiguous(), self.ids.contiguous()
+        done: bool = loops.best(*arrays, items.numpy(), *(part.numpy() for part in best))
+        if not done:
+            raise ModelError(_NAN)
+        self._best = best
+        return True
 
     @property
     def values(self) -> Tensor:
@@ -188,10 +216,7 @@ def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns [B, k] of the k best of [B, C], equal values by column ascending."""
     values, columns = scores.topk(k, dim=1)
     if values[:, 0].isnan().any():  # topk takes NaN for the largest value of all
-        raise ModelError(
-            "a score is NaN: the user vectors, the item matrix or its bias hold NaN or infinite "
-            "values; check the model's weights and the strength of the steering"
-        )
+        raise ModelError(_NAN)
     columns, order = columns.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)

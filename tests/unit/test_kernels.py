@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from steerrec import compiled
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
+from steerrec.errors import ModelError
+from steerrec.ranking import INSERTED, Best
 from steerrec.selection import largest
 from steerrec.steering import Steering, SteerTransform
 
@@ -58,7 +60,7 @@ def calls(monkeypatch):
             return lambda *args: used.append(name) or getattr(loops, name)(*args)
 
     counted = Counted()
-    for module in ("steerrec.steering", "steerrec.selection"):
+    for module in ("steerrec.steering", "steerrec.selection", "steerrec.ranking"):
         monkeypatch.setattr(sys.modules[module], "kernels", lambda: counted)
     return used
 
@@ -286,3 +288,76 @@ def test_second_derivatives():
     (second,) = torch.autograd.grad(first.sum(), x)
     assert second.isfinite().all()
     assert second.abs().sum() > 0
+
+
+# --- the best items
+
+
+def by_sorting(scores, k):
+    """Ids and scores of the k best of each row, equal ones by column; -1 for minus infinity."""
+    rows = []
+    for row in scores.tolist():
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        kept = [j if row[j] > -float("inf") else -1 for j in order[:k]]
+        rows.append(kept + [-1] * (k - len(kept)))
+    return torch.tensor(rows)
+
+
+def best_in_chunks(scores, k, chunk):
+    found = Best(k)
+    for start in range(0, scores.shape[1], chunk):
+        part = scores[:, start : start + chunk].contiguous()
+        found.add(part, torch.arange(start, start + part.shape[1]))
+    return found
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    seed=st.integers(0, 10**6),
+    users=st.integers(1, 4),
+    items=st.integers(1, 400),
+    k=st.integers(1, INSERTED),
+    chunk=st.integers(1, 400),
+    values=st.sampled_from([2, 7, 10**6]),
+)
+def test_the_best_items_are_those_of_a_full_sort(seed, users, items, k, chunk, values):
+    draw = generator(seed)
+    scores = torch.randint(-values, values, (users, items), generator=draw).float() / 3
+    scores[torch.rand(users, items, generator=draw) < 0.1] = -torch.inf
+    scores[torch.rand(users, items, generator=draw) < 0.01] = torch.inf
+    scores[scores == 0] *= -1  # a negative zero equals a positive one
+    found = best_in_chunks(scores, k, chunk)
+    ids = by_sorting(scores, k)
+    assert torch.equal(found.ids, ids)
+    expected = scores.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+    assert torch.equal(found.values, expected)
+
+
+def test_the_loop_and_torch_make_the_same_lists(calls, monkeypatch):
+    scores = torch.randint(0, 50, (20, 3000), generator=generator()).float()
+    by_loop = best_in_chunks(scores, 10, 700)
+    assert calls == ["best"] * 5
+    monkeypatch.setattr("steerrec.ranking.kernels", lambda: None)
+    by_torch = best_in_chunks(scores, 10, 700)
+    assert torch.equal(by_loop.ids, by_torch.ids)
+    assert torch.equal(by_loop.values, by_torch.values)
+
+
+def test_what_torch_has_begun_the_loop_can_go_on_with(monkeypatch):
+    scores = torch.randint(0, 9, (5, 300), generator=generator()).float()
+    for wide in (1, 0):
+        found = Best(20)
+        for number, start in enumerate(range(0, 300, 15)):
+            part = scores[:, start : start + 15]  # no contiguous memory: torch
+            part = part if number % 2 == wide else part.contiguous()
+            found.add(part, torch.arange(start, start + 15))
+        assert torch.equal(found.ids, by_sorting(scores, 20))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("column", [0, 77, 199])
+def test_a_score_that_is_no_number_is_refused(column, sign):
+    scores = torch.zeros(3, 200)
+    scores[1, column] = sign * torch.nan
+    with pytest.raises(ModelError, match="a score is NaN"):
+        Best(5).add(scores, torch.arange(200))
