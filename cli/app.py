@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from steerrec.cli.ablate import ablate
 from steerrec.cli.attach import attach
 from steerrec.cli.card import card
 from steerrec.cli.compare import compare
@@ -27,7 +28,7 @@ from steerrec.cli.steer import steer
 from steerrec.cli.train import train
 from steerrec.errors import SteerrecError
 
-_RESUMED = ("train", "attach", "compare")
+_RESUMED = ("train", "attach", "compare", "ablate")
 
 
 class _Commands(TyperGroup):
@@ -52,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare),
+    *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare, ablate),
     *(card, push, pull),
 ):
     app.command()(command)

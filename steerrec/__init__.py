@@ -9,12 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steerrec.ablations import Ablations as Ablations
+    from steerrec.ablations import ablate as ablate
     from steerrec.activations import ActivationSampling as ActivationSampling
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
     from steerrec.attachment import attach as attach
     from steerrec.attribution import AttributionTable as AttributionTable
+    from steerrec.attribution import score_groups as score_groups
     from steerrec.attribution import score_neurons as score_neurons
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
     from steerrec.capturing import capture as capture
@@ -43,11 +46,13 @@ if TYPE_CHECKING:
     from steerrec.operations import ResponseTransform as ResponseTransform
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
+    from steerrec.profiles import users_by_taste as users_by_taste
     from steerrec.pulling import pull as pull
     from steerrec.pushing import push as push
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
+    from steerrec.report import plot_ablations as plot_ablations
     from steerrec.report import plot_frontiers as plot_frontiers
     from steerrec.report import plot_tradeoff as plot_tradeoff
     from steerrec.rerank import Candidates as Candidates
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
     from steerrec.wrapping import wrap as wrap
 
 _HOME = {
+    "Ablations": "ablations",
     "ActivationSampling": "activations",
     "Artifact": "artifacts",
     "Attachment": "attachment",
@@ -90,6 +96,7 @@ _HOME = {
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
     "TokenIds": "sites",
+    "ablate": "ablations",
     "attach": "attachment",
     "build_histories": "data",
     "capture": "capturing",
@@ -106,6 +113,7 @@ _HOME = {
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "plot_ablations": "report",
     "plot_frontiers": "report",
     "plot_tradeoff": "report",
     "popularity_contrast": "profiles",
@@ -114,12 +122,14 @@ _HOME = {
     "read_interactions": "data",
     "recommend": "evaluation",
     "reranker": "rerank",
+    "score_groups": "attribution",
     "score_neurons": "attribution",
     "simulate": "data",
     "site_at": "layers",
     "site_report": "layers",
     "sweep": "tradeoff",
     "user_vectors": "recommender",
+    "users_by_taste": "profiles",
     "wrap": "wrapping",
 }
 

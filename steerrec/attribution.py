@@ -97,13 +97,52 @@ def score_neurons(
     batch_size
         Users in one forward pass.
     """
+    people = [
+        synthetic_users(train, group, n=users, max_length=rec.max_length, seed=seed)
+        for group in (contrast.group_a, contrast.group_b)
+    ]
+    return score_groups(
+        rec,
+        sae,
+        *people,
+        contrast=contrast.describe(),
+        site=site,
+        batch_size=batch_size,
+        provenance={"seed": seed, "synthetic_users": users},
+    )
+
+
+@torch.no_grad()
+def score_groups(
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    group_a: Histories,
+    group_b: Histories,
+    *,
+    contrast: dict[str, Any],
+    site: Site | None = None,
+    batch_size: int = 256,
+    provenance: Mapping[str, Any] | None = None,
+) -> AttributionTable:
+    """The same table between any two groups of users, such as real ones of different taste.
+
+    Parameters
+    ----------
+    rec, sae, site, batch_size
+        See `score_neurons`.
+    group_a, group_b
+        Histories of the users of each group.
+    contrast
+        What the table is to say of them; `Contrast.describe()` has its form.
+    provenance
+        Where the users come from, JSON-able.
+    """
     moments, rates = [], []
-    groups = ((contrast.label_a, contrast.group_a), (contrast.label_b, contrast.group_b))
-    for label, group in groups:
-        people = synthetic_users(train, group, n=users, max_length=rec.max_length, seed=seed)
+    labels = (contrast["group_a"]["label"], contrast["group_b"]["label"])
+    for label, people in zip(labels, (group_a, group_b), strict=True):
         running, fired = RunningMoments(sae.d_sae), torch.zeros(sae.d_sae, dtype=torch.int64)
         batches = length_batches(people.lengths, batch_size)
-        for rows in track(batches, f"{label} synthetic users", unit="batch"):
+        for rows in track(batches, f"{label} users", unit="batch"):
             vectors = user_vectors(rec, people.select(rows), site)
             pre_acts = sae.pre_acts(vectors.to(sae.W_enc))
             latents = sae.activate(pre_acts)
@@ -130,13 +169,12 @@ def score_neurons(
     }
     return AttributionTable(
         columns={name: values.float() for name, values in columns.items()},
-        contrast=contrast.describe(),
+        contrast=contrast,
         provenance={
             "n_a": a.n,
             "n_b": b.n,
-            "seed": seed,
             "max_length": rec.max_length,
-            "synthetic_users": users,
+            **(provenance or {}),
         },
     )
 

@@ -104,3 +104,32 @@ def synthetic_users(
     prefixes = train.prefixes(users, lengths, max_length)
     items = items_rng.choice(group, len(prefixes.items))
     return replace(prefixes, items=items, user_ids=pl.Series("user_id", np.arange(n)))
+
+
+def users_by_taste(
+    train: Histories, catalogue: Catalogue, *, max_length: int, share: float = 0.2
+) -> tuple[Histories, Histories]:
+    """Real users with the most and with the least popular taste: two groups of histories.
+
+    Taste is the mean of log(1 + training interactions) over the items of a history; users of equal
+    taste are in the order of their rows.
+
+    Parameters
+    ----------
+    train
+        Training histories.
+    catalogue
+        Their items.
+    max_length
+        The model's window.
+    share
+        How many of the users are in each group.
+    """
+    some = np.flatnonzero(train.lengths > 0)
+    owner = np.repeat(np.arange(len(train)), train.lengths)
+    weights = np.log1p(catalogue.counts.astype(np.float64))[train.items]
+    total = np.bincount(owner, weights, minlength=len(train))
+    order = some[np.argsort(total[some] / train.lengths[some], kind="stable")]
+    n = max(1, int(share * len(order)))
+    rare, popular = (train.select(np.sort(part)) for part in (order[:n], order[-n:]))
+    return popular.truncate(max_length), rare.truncate(max_length)

@@ -6,6 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerrec.ablations import Ablations
 from steerrec.comparison_results import Comparison
 from steerrec.files import atomic_file
 from steerrec.tradeoff import Sweep
@@ -140,6 +141,61 @@ def plot_frontiers(comparison: Comparison, path: str | Path, *, title: str) -> N
     )
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
     figure.text(0.01, 0.93, subtitle, fontsize=9.5, color="#555b64")
+    suffix = Path(path).suffix.lstrip(".") or "png"
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=160)
+
+
+def plot_ablations(ablations: Ablations, path: str | Path, *, title: str) -> None:
+    """Draw the hypervolumes of all variants, study by study, beside those of the unvaried one.
+
+    Parameters
+    ----------
+    ablations
+        From `steerrec.ablate`.
+    path
+        Where to; the suffix says the format: PNG, SVG or PDF.
+    title
+        What was varied, in a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    usual, *rows = ablations.rows
+    places, labels, y = [], [], 0.0
+    for i, row in enumerate(rows):
+        if i and row.study != rows[i - 1].study:
+            y += 0.8  # a gap between studies
+        places.append(y)
+        first = not i or row.study != rows[i - 1].study
+        labels.append(f"{row.study}:  {row.label}" if first else row.label)
+        y += 1
+    figure = Figure(figsize=(10.5, 1.8 + 0.24 * (y + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("gini", "gain in Gini (HV)"), ("ltc", "gain in long-tail coverage (HV)"))
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (by, label) in zip(both, panels, strict=True):
+        values = [row.hypervolume[by] for row in rows]
+        axes.axvline(usual.hypervolume[by], color=_ORANGE, lw=1.5, label="as it is")
+        axes.hlines(places, 0, values, color=_BLUE, lw=1.5, alpha=0.45)
+        axes.scatter(values, places, s=26, color=_BLUE, zorder=3, label="varied")
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"{label}  (more is better)")
+        _plain_axes(axes)
+        axes.grid(axis="y", visible=False)
+    both[0].set_yticks(places, labels, fontsize=9)
+    both[0].invert_yaxis()
+    both[0].tick_params(axis="y", length=0)
+    both[1].tick_params(axis="y", length=0)
+    handles = both[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    protocol = ablations.protocol
+    seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
+    subtitle = (
+        f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}; mean gain "
+        "within 10 % of nDCG, chosen on validation"
+    )
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=10, color="#555b64", x=0.01, ha="left")
     suffix = Path(path).suffix.lstrip(".") or "png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
