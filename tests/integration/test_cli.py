@@ -468,3 +468,26 @@ def test_compare_refuses_what_it_does_not_know(cli, world, tmp_path):
     assert "no method 'popster'" in unknown.err
     assert "popsteer" in unknown.err
     assert not (tmp_path / "c").exists()
+
+
+def test_ablate_writes_table_json_and_plot(cli, world, tmp_path):
+    folder = tmp_path / "parts"
+    command = ("ablate", world.artifact, "--model", world.model, "--data", world.data)
+    options = ("--only", "splice,controls", "--users", "64", "-o", folder)
+    found = cli(*command, *options)
+    assert found.code == 0, found.err
+    assert "neurons shuffled, seed 0" in found.out
+    document = json.loads((folder / "ablate.json").read_text())
+    studies = ["as it is", *["splice"] * 3, *["controls"] * 7]
+    assert [row["study"] for row in document["rows"]] == studies
+    assert (folder / "ablate.png").read_bytes().startswith(b"\x89PNG")
+    assert cli(*command, *options).code == 1  # there already
+    again = cli(*command, *options, "--force", "--json")
+    assert again.json == document
+
+
+def test_ablate_refuses_what_it_does_not_know(cli, world, tmp_path):
+    command = ("ablate", world.artifact, "--model", world.model, "--data", world.data)
+    found = cli(*command, "--only", "neuron", "-o", tmp_path / "parts")
+    assert (found.code, found.out) == (1, "")
+    assert "no study 'neuron'" in found.err
