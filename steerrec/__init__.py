@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.gates import GatedSteering as GatedSteering
+    from steerrec.gates import NeuronGate as NeuronGate
+    from steerrec.gates import TasteGate as TasteGate
+    from steerrec.gates import fit_taste as fit_taste
+    from steerrec.gates import gated as gated
     from steerrec.hooks import edit as edit
     from steerrec.importing import import_sae as import_sae
     from steerrec.layers import layer_report as layer_report
@@ -42,13 +47,15 @@ if TYPE_CHECKING:
     from steerrec.learning import SteeringTraining as SteeringTraining
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
-    from steerrec.operations import ResponseTransform as ResponseTransform
+    from steerrec.operations import SteeringSum as SteeringSum
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
     from steerrec.profiles import users_by_taste as users_by_taste
     from steerrec.pulling import pull as pull
     from steerrec.pushing import push as push
+    from steerrec.recipes import Recipe as Recipe
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
@@ -80,21 +87,26 @@ _HOME = {
     "Catalogue": "data",
     "Comparison": "comparison_results",
     "Contrast": "profiles",
+    "GatedSteering": "gates",
     "Histories": "data",
     "ItemHead": "recommender",
+    "LatentSteering": "operations",
     "Lengths": "sites",
+    "NeuronGate": "gates",
     "RealMask": "sites",
+    "Recipe": "recipes",
     "Recommender": "recommender",
     "ResponseSteering": "operations",
-    "ResponseTransform": "operations",
     "SAETraining": "training",
     "Site": "sites",
     "SparseAutoencoder": "autoencoder",
     "SteerTransform": "steering",
     "Steering": "steering",
+    "SteeringSum": "operations",
     "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
+    "TasteGate": "gates",
     "TokenIds": "sites",
     "ablate": "ablations",
     "attach": "attachment",
@@ -105,6 +117,8 @@ _HOME = {
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
+    "fit_taste": "gates",
+    "gated": "gates",
     "gather_candidates": "rerank",
     "import_sae": "importing",
     "layer_report": "layers",

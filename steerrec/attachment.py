@@ -26,6 +26,7 @@ from steerrec.hooks import SiteHook
 from steerrec.nested import describe
 from steerrec.positions import Firing
 from steerrec.probes import probe
+from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
@@ -54,7 +55,7 @@ _probing: ContextVar[bool] = ContextVar("steerrec_probing", default=False)
 class _InForce:
     """What an attachment does for every thread, exchanged as a whole."""
 
-    steering: Steering | None
+    steering: Recipe | None
     transform: SteerTransform
     strength: Strength
     enabled: bool
@@ -62,7 +63,7 @@ class _InForce:
 
     def transform_on(self, device: torch.device) -> SteerTransform:
         """The transform on the device of the rows, copied there once."""
-        if self.transform.shift.device == device:
+        if self.transform.bias.device == device:
             return self.transform
         found = self.elsewhere.get(device)
         if found is None:
@@ -136,7 +137,7 @@ class Attachment:
         model: nn.Module,
         sae: SparseAutoencoder,
         site: Site,
-        steering: Steering | None,
+        steering: Recipe | None,
         *,
         mha_fast_path: bool | None = None,
         firings: int | None = None,
@@ -171,12 +172,12 @@ class Attachment:
     # --- what is in force
 
     @property
-    def steering(self) -> Steering | None:
+    def steering(self) -> Recipe | None:
         """The recipe in force; None while observing only. Setting it sets `alpha` too."""
         return self._now.steering
 
     @steering.setter
-    def steering(self, steering: Steering | None) -> None:
+    def steering(self, steering: Recipe | None) -> None:
         now = self._now
         if steering is None:
             self._put_in_force(replace(now, steering=None))
@@ -409,7 +410,7 @@ def attach(
     sae: SparseAutoencoder,
     *,
     site: Site | None = None,
-    steering: Steering | None = None,
+    steering: Recipe | None = None,
     mha_fast_path: bool | None = None,
 ) -> Attachment:
     """Attach an SAE to a layer of a frozen model through a forward hook.

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCardData
-
 from steerrec.choosing import BUDGETS
 from steerrec.published import without_path
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from steerrec.artifact_site import SiteArtifact
     from steerrec.artifacts import Artifact
 
@@ -259,6 +259,8 @@ def _limits(artifact: Artifact) -> Iterator[str]:
 
 
 def _front_matter(artifact: Artifact) -> str:
+    from huggingface_hub import ModelCardData  # of no use to those who only load a folder
+
     about = artifact.about
     fields: dict[str, Any] = {
         "library_name": "steerrec",
@@ -276,6 +278,8 @@ def _front_matter(artifact: Artifact) -> str:
 
 def _evaluations(artifact: Artifact) -> Iterator[EvalResult]:
     """Test metrics at a budget of 5 %, for the model index."""
+    from huggingface_hub import EvalResult
+
     names = _texts(artifact.about.get("datasets"))
     for here in artifact.sites.values():
         points = budget_points(here.results.get("sweep", {}))

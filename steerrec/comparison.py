@@ -304,12 +304,7 @@ def _described(method: Reranker) -> dict[str, Any]:
     described = method.describe()
     transform = getattr(method, "transform", None)
     if isinstance(transform, SteerTransform):
-        steering = transform.steering
-        described["steering"] = {
-            "name": steering.name,
-            "splice": steering.splice,
-            **steering.provenance,
-        }
+        described["steering"] = transform.steering.describe()
     return described
 
 

@@ -21,6 +21,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories, Split
 from steerrec.metrics import RankingMetrics
 from steerrec.ranking import TopK, top_k
+from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
 from steerrec.steering import Steering, SteerTransform
@@ -159,7 +160,7 @@ def measure(
 def rank_steered(
     rec: Recommender,
     sae: SparseAutoencoder,
-    steering: Steering,
+    steering: Recipe,
     users: CapturedUsers,
     capture: Callable[[], CapturedUsers],
     *,

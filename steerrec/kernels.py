@@ -229,6 +229,23 @@ def steered(
     return True
 
 
+@_compiled("boolean(float32[:, ::1], float32[:, ::1], int64, float32[:, ::1])")
+def decoded(pre_acts: Floats, vectors: Floats, k: int, out: Floats) -> bool:
+    """The sum of `vectors` [d_sae, H] by the k largest of `pre_acts` [B, d_sae], where positive.
+
+    False, with nothing of use in `out` [B, H], if a pre-activation is not finite.
+    """
+    width = pre_acts.shape[1]
+    maxima = np.empty(_width_of_maxima(width, k), np.float32)
+    entries, indices = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
+    for r in range(len(pre_acts)):
+        if not _is_finite(pre_acts[r]):
+            return False
+        _select(pre_acts[r], maxima, k, entries, indices)
+        _decode(out[r], vectors, entries, indices, k)
+    return True
+
+
 _BLOCK = 64  # scores whose largest is looked at before any of them is
 
 

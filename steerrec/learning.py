@@ -233,14 +233,14 @@ class _Judge:
 
     def at_full_strength(self, snapshot: _Snapshot) -> dict[str, float]:
         """What responses do at strength 1."""
-        change = respond(self.latents, snapshot.vectors, snapshot.constant)
+        change = snapshot.constant + respond(self.latents, snapshot.vectors)
         return self.measure(self.vectors + change)
 
     def choose(self, snapshots: list[_Snapshot]) -> tuple[float, _Snapshot, dict[str, float]]:
         """The admissible strength and responses with the lowest objective; strength 0 is one."""
         best, found, chosen = 0.0, self.base, snapshots[0]
         for snapshot in snapshots:
-            change = respond(self.latents, snapshot.vectors, snapshot.constant)
+            change = snapshot.constant + respond(self.latents, snapshot.vectors)
             for alpha in track(STRENGTHS, "strengths", unit="alpha"):
                 there = self.measure(self.vectors + alpha * change)
                 better = there[self.objective.name] < found[self.objective.name]
@@ -364,7 +364,8 @@ class _Fit:
             heat = temperature(base, self.training.focus * self.k)  # [B, 1]
             wanted = ((base - self.price * self.prices) / heat).log_softmax(dim=1)
             weight = wanted.exp()
-        steered = self.scores(x + respond(latents, self.vectors, self.constant), rows)
+        change = self.constant + respond(latents, self.vectors)
+        steered = self.scores(x + change, rows)
         got = (steered / heat).log_softmax(dim=1)
         divergence = (weight * (wanted - got)).sum(dim=1, keepdim=True)
         return (divergence * heat).mean(), self.slots(steered.detach())

@@ -16,6 +16,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.graphs import is_graphed
+from steerrec.recipes import Recipe, Step, Strength, own
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
@@ -27,7 +28,7 @@ ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class Steering(Recipe):
     """Which latents are turned, which way and how far at strength 1.
 
     Pre-activations become ``z + alpha * shift``, then ReLU, TopK and decode as always.
@@ -62,9 +63,32 @@ class Steering:
         if self.shift.ndim != 1 or not bool(self.shift.isfinite().all()):
             raise ArtifactError("a steering's shift is one finite number per latent, [d_sae]")
 
-    def with_alpha(self, alpha: float) -> Steering:
-        """The same steering at another strength."""
-        return replace(self, alpha=alpha)
+    operation = "shift"
+
+    def describe(self) -> dict[str, Any]:
+        """Name, operation, splice and provenance, JSON-able."""
+        return {**super().describe(), "splice": self.splice}
+
+    @property
+    def latents(self) -> int:
+        """How many latents the SAE has that it is for."""
+        return len(self.shift)
+
+    def step(self, sae: SparseAutoencoder) -> Step:
+        """The step on this SAE."""
+        self.require(sae)
+        return ShiftStep(self, sae) if self.splice == "delta" else ReconstructStep(self, sae)
+
+    @classmethod
+    def toward(cls, table: AttributionTable, *, neurons: int | None = None) -> Steering:
+        """More of group A of a contrast: the PopSteer rule the other way round.
+
+        For recipes that add and subtract: ``toward(popularity) * -0.8 + toward(horror) * 0.3`` is
+        the PopSteer rule at strength 0.8, and more horror.
+        """
+        usual = cls.popsteer(table, neurons=neurons)
+        provenance = {**usual.provenance, "rule": "toward"}
+        return replace(usual, shift=-usual.shift, name=table.name, provenance=provenance)
 
     @classmethod
     def popsteer(
@@ -129,8 +153,47 @@ class Steering:
         )
 
 
+class ShiftStep(Step):
+    """Pre-activations become ``z + strength * shift``; the change of the decoded latents is added.
+
+    Parameters
+    ----------
+    steering
+        What to do.
+    sae
+        The SAE.
+    """
+
+    shift: Tensor  # [d_sae], what strength 1 adds to each pre-activation
+    kind = "a shift, spliced by 'delta'"
+
+    def __init__(self, steering: Steering, sae: SparseAutoencoder) -> None:
+        super().__init__()
+        own(self, "shift", steering.shift, sae.W_enc)
+
+    def forward(
+        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
+    ) -> Tensor:
+        """What is added, or with `ReconstructStep` stands in place: [B, H]."""
+        delta = not self.replaces
+        change = _compiled(pre_acts, self.shift, strength, sae, delta)
+        if change is None:
+            before = sae.directions(sae.activate(pre_acts)) if delta else None
+            moved = pre_acts + strength * self.shift
+            change = sae.directions(sae.activate(moved))
+            change = change if before is None else change - before
+        return change
+
+
+class ReconstructStep(ShiftStep):
+    """The same, but what the shifted latents decode to stands in place of the vector."""
+
+    replaces = True
+    kind = "a shift, spliced by 'reconstruct'"
+
+
 class SteerTransform(nn.Module):
-    """Steering as a pure function of user vectors, [B, H] to [B, H]: no hook, no host model.
+    """A recipe as a pure function of user vectors, [B, H] to [B, H]: no hook, no host model.
 
     Computed in the SAE's dtype; the result has the dtype and device of the input, which is never
     written to.
@@ -140,13 +203,12 @@ class SteerTransform(nn.Module):
     sae
         The SAE of the site that the vectors come from.
     steering
-        What to do.
+        What to do; a `Recipe` of any kind.
     """
 
     bias: Tensor  # [d_sae]
-    shift: Tensor  # [d_sae], what strength 1 adds to each pre-activation
 
-    def __init__(self, sae: SparseAutoencoder, steering: Steering) -> None:
+    def __init__(self, sae: SparseAutoencoder, steering: Recipe) -> None:
         super().__init__()
         # a copy: moving or casting the transform must not touch the caller's SAE
         self.sae = copy.deepcopy(sae).requires_grad_(False)
@@ -155,18 +217,11 @@ class SteerTransform(nn.Module):
         self._set(steering)
 
     @torch.inference_mode(False)  # tensors made under it could not be changed outside
-    def _set(self, steering: Steering) -> None:
-        if len(steering.shift) != self.sae.d_sae:
-            raise ArtifactError(
-                f"steering {steering.name!r} is for {len(steering.shift)} latents, the SAE has "
-                f"{self.sae.d_sae}; use the SAE that it was made with"
-            )
+    def _set(self, steering: Recipe) -> None:
+        self.step = steering.step(self.sae)
         self.steering = steering
-        # a tensor of its own, contiguous: graphs keep it, and it is written to
-        shift = steering.shift.to(self.sae.W_enc).clone(memory_format=torch.contiguous_format)
-        self.register_buffer("shift", shift, persistent=False)
 
-    def with_steering(self, steering: Steering) -> SteerTransform:
+    def with_steering(self, steering: Recipe) -> SteerTransform:
         """Another recipe on the same SAE, which the two share."""
         twin = SteerTransform.__new__(SteerTransform)
         nn.Module.__init__(twin)
@@ -181,16 +236,16 @@ class SteerTransform(nn.Module):
         Raises
         ------
         SiteError
-            If it is spliced in another way, which is part of the graph.
+            If it is of another kind, or spliced in another way, which is part of the graph.
         """
-        if other.steering.splice != self.steering.splice:
+        here, there = self.step.kind, other.step.kind
+        if here != there:
             raise SiteError(
-                f"the compiled model splices by {self.steering.splice!r}; expected the same of "
-                f"steering {other.steering.name!r}, which says {other.steering.splice!r}: attach "
-                "it before compiling"
+                f"the compiled model steers by {here}; expected the same of steering "
+                f"{other.steering.name!r}, which steers by {there}: attach it before compiling"
             )
         self.steering = other.steering
-        self.shift.copy_(other.shift)
+        self.step.copy_from(other.step)
 
     def forward(self, x: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """Steered user vectors.
@@ -212,35 +267,30 @@ class SteerTransform(nn.Module):
                     f"alpha has {given} for {len(x)} user vectors; expected one number or one per "
                     "user"
                 )
-            strength = strength.to(self.shift).reshape(-1, 1)
+            strength = strength.to(self.bias).reshape(-1, 1)
         if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
             with torch.autocast(x.device.type, enabled=False):
                 return self._steered(x, strength)
         return self._steered(x, strength)
 
-    def _steered(self, x: Tensor, strength: float | Tensor) -> Tensor:
+    def _steered(self, x: Tensor, strength: Strength) -> Tensor:
         if not is_graphed() and x.device.type == "cpu" and len(x) > ROWS_AT_ONCE:
             parts = x.split(ROWS_AT_ONCE)
             if isinstance(strength, Tensor) and len(strength) > 1:
-                strengths: Iterable[float | Tensor] = strength.split(ROWS_AT_ONCE)
+                strengths: Iterable[Strength] = strength.split(ROWS_AT_ONCE)
             else:
                 strengths = repeat(strength)
             return torch.cat([self._steered(*part) for part in zip(parts, strengths, strict=False)])
-        sae, delta = self.sae, self.steering.splice == "delta"
-        pre_acts = sae.pre_acts(x.to(self.shift), self.bias)  # [B, d_sae]
-        change = _compiled(pre_acts, self.shift, strength, sae, delta)
-        if change is None:
-            before = sae.directions(sae.activate(pre_acts)) if delta else None
-            moved = pre_acts + strength * self.shift
-            change = sae.directions(sae.activate(moved))
-            change = change if before is None else change - before
-        return x + change.to(x) if delta else (change + sae.b_dec).to(x)
+        vectors = x.to(self.bias)
+        pre_acts = self.sae.pre_acts(vectors, self.bias)  # [B, d_sae]
+        out: Tensor = self.step(self.sae, vectors, pre_acts, strength)
+        return (out + self.sae.b_dec).to(x) if self.step.replaces else x + out.to(x)
 
 
 def _compiled(
     pre_acts: Tensor,
     shift: Tensor,
-    strength: float | Tensor,
+    strength: Strength,
     sae: SparseAutoencoder,
     delta: bool,
 ) -> Tensor | None:

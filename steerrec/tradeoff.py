@@ -19,9 +19,9 @@ from steerrec.evaluation import (
     rank_steered,
 )
 from steerrec.progress import track
+from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
-from steerrec.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ DEFAULT_ALPHAS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 def sweep(
     rec: Recommender,
     sae: SparseAutoencoder,
-    steering: Steering,
+    steering: Recipe,
     split: Split,
     *,
     site: Site | None = None,
@@ -118,5 +118,5 @@ def sweep(
     points = zip(strengths, found["valid"], found["test"], strict=True)
     return Sweep(
         tuple(SweepPoint(*point) for point in points),
-        {"name": steering.name, "splice": steering.splice, **steering.provenance},
+        steering.describe(),
     )

@@ -163,7 +163,8 @@ def test_another_splice_after_compilation_is_refused(first, then):
     with attach(model, SAE, site=USER, steering=steering) as attachment:
         fast = compiled(model)
         expected = fast(IDS)
-        with pytest.raises(SiteError, match=f"splices by '{first}'; .* says '{then}': attach it"):
+        refusal = f"spliced by '{first}'; .* spliced by '{then}': attach it"
+        with pytest.raises(SiteError, match=refusal):
             attachment.steering = random_steering(splice=then, seed=1)
         assert attachment.steering is steering
         close(fast(IDS), expected)
@@ -175,7 +176,7 @@ def test_an_observing_attachment_is_compiled_for_delta():
     model = Sequence()
     with attach(model, SAE, site=USER) as attachment:
         compiled(model)(IDS)
-        with pytest.raises(SiteError, match="splices by 'delta'"):
+        with pytest.raises(SiteError, match="a shift, spliced by 'delta'"):
             attachment.steering = random_steering(splice="reconstruct")
         assert attachment.steering is None
 

@@ -44,7 +44,7 @@ def by_definition(step, x, alpha):
             order = z.argsort(descending=True)[: sae.k]
             return sum(z[j].clamp_min(0) * sae.W_dec[j] for j in order.tolist()) + sae.b_dec
 
-        after = decoded(z + strength * step.shift)
+        after = decoded(z + strength * step.step.shift)
         rows.append(row + after - decoded(z) if step.steering.splice == "delta" else after)
     return torch.stack(rows)
 
@@ -140,10 +140,10 @@ def test_an_empty_edit_changes_no_bit():
 def test_nothing_that_is_given_is_written_to():
     step, x = transform(), torch.randn(3, WIDTH, generator=generator())
     before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
-    given, shift = x.clone(), step.shift.clone()
+    given, shift = x.clone(), step.step.shift.clone()
     step(x)
     assert torch.equal(x, given)
-    assert torch.equal(step.shift, shift)
+    assert torch.equal(step.step.shift, shift)
     assert all(torch.equal(tensor, before[name]) for name, tensor in step.state_dict().items())
 
 

@@ -12,7 +12,7 @@ from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import evaluate
 from steerrec.learning import SteeringTraining, latest_states, learn_steering, temperature
 from steerrec.objectives import Objective, more_tail
-from steerrec.operations import ResponseTransform
+from steerrec.steering import SteerTransform
 
 from .tiny import TinyRecommender
 
@@ -52,7 +52,7 @@ def learned(rec, sae, split):
 
 
 def measured(rec, sae, split, steering, **options):
-    transform = None if steering is None else ResponseTransform(sae, steering)
+    transform = None if steering is None else SteerTransform(sae, steering)
     return evaluate(rec, split, which="valid", k=5, transform=transform, **options).metrics
 
 
@@ -86,8 +86,8 @@ def test_other_objectives(rec, sae, split, objective):
 def test_a_budget_of_0_is_the_identity(rec, sae, split):
     steering = learn_steering(rec, sae, split, budget=0.0, k=5, training=QUICK)
     x = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(ResponseTransform(sae, steering)(x), x)
-    assert torch.equal(ResponseTransform(sae, steering)(x, 1.0), x)  # nothing was learned at all
+    assert torch.equal(SteerTransform(sae, steering)(x), x)
+    assert torch.equal(SteerTransform(sae, steering)(x, 1.0), x)  # nothing was learned at all
 
 
 def test_tail_targets_are_guarded_apart_from_the_budget(rec, sae, split):

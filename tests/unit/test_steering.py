@@ -231,7 +231,7 @@ def test_moving_or_casting_a_transform_leaves_sae_and_recipe_alone():
     double = SteerTransform(sae, steering).double()
     torch.testing.assert_close(double(x), expected)
     assert {p.dtype for p in sae.parameters()} == {steering.shift.dtype} == {torch.float32}
-    assert {p.dtype for p in double.parameters()} == {double.shift.dtype} == {torch.float64}
+    assert {p.dtype for p in double.parameters()} == {double.step.shift.dtype} == {torch.float64}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
