@@ -41,6 +41,7 @@ def compare(
     pool: Annotated[
         int, typer.Option("--pool", min=1, help="A user's best items that re-rankers choose from.")
     ] = 200,
+    users: opt.Users = None,
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", min=1, help="Replicates for intervals and p-values.")
     ] = 500,
@@ -100,6 +101,7 @@ def compare(
         k=k,
         mask_seen=mask_seen,
         pool=pool,
+        max_users=users,
         replicates=bootstrap,
         seed=seed,
         fit_seconds=seconds,

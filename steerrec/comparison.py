@@ -52,6 +52,7 @@ def compare(
     k: int = 10,
     mask_seen: bool = False,
     pool: int = 200,
+    max_users: int | None = None,
     budgets: Sequence[float] = BUDGETS,
     replicates: int = 500,
     seed: int = 0,
@@ -77,6 +78,8 @@ def compare(
         See `measure`.
     pool
         How many of a user's best items re-rankers choose from that cannot rank the catalogue.
+    max_users
+        Compare on at most so many held-out users of each part, a seeded sample; all if None.
     budgets
         Shares of nDCG that may be lost.
     replicates, seed
@@ -98,7 +101,9 @@ def compare(
         known = ", ".join(methods)
         raise DataError(f"the reference {reference!r} is not among the methods: {known}")
     parts = {
-        which: _measured(rec, split, which, k=k, pool=pool, mask_seen=mask_seen, seed=seed)
+        which: _measured(
+            rec, split, which, k=k, pool=pool, mask_seen=mask_seen, seed=seed, max_users=max_users
+        )
         for which in _PARTS
     }
     protocol = {
@@ -111,6 +116,8 @@ def compare(
         "replicates": replicates,
         "seed": seed,
     }
+    if (sample := parts["test"].users.sample) is not None:
+        protocol["sample"] = sample
     base: dict[str, dict[str, float]] = {
         which: _metrics(rec, part, part.candidates.base) for which, part in parts.items()
     }
@@ -230,8 +237,9 @@ def _measured(
     pool: int,
     mask_seen: bool,
     seed: int,
+    max_users: int | None,
 ) -> _Measured:
-    users = capture_held_out(rec, split, which)
+    users = capture_held_out(rec, split, which, max_users=max_users, seed=seed)
     candidates = gather_candidates(
         users.vectors,
         rec.item_head,

@@ -7,10 +7,10 @@ process gets which block, and what happens when one dies, is the engine's busine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from steerrec import errors
 from steerrec.errors import SteerrecError
@@ -19,20 +19,26 @@ Spec = Mapping[str, Any]
 """JSON-able."""
 
 
-class Worker(Protocol):
-    """Does blocks of work, one call a block."""
+Worker = Callable[[Spec], dict[str, Any]]
+"""Does a block of work, and says how it went, JSON-able."""
 
-    def __init__(self, spec: Spec) -> None: ...
-
-    def __call__(self, block: Spec) -> dict[str, Any]:
-        """Do a block, and say how it went, JSON-able."""
+MakeWorker = Callable[[Spec], Worker]
+"""Makes a worker from a spec: a class, or any function that another process can import."""
 
 
 class Engine(Protocol):
-    """Runs workers."""
+    """Runs workers.
+
+    Attributes
+    ----------
+    in_process
+        Whether they are in this very process, so that what makes one may hold what is here.
+    """
+
+    in_process: ClassVar[bool]
 
     def run(
-        self, worker: type[Worker], spec: Spec, blocks: Sequence[Spec]
+        self, worker: MakeWorker, spec: Spec, blocks: Sequence[Spec]
     ) -> Iterator[dict[str, Any]]:
         """Do all blocks, in any order, and yield what the workers say as soon as they do."""
 
@@ -48,9 +54,10 @@ class LocalEngine:
     """
 
     threads: int | None = None
+    in_process: ClassVar[bool] = True
 
     def run(
-        self, worker: type[Worker], spec: Spec, blocks: Sequence[Spec]
+        self, worker: MakeWorker, spec: Spec, blocks: Sequence[Spec]
     ) -> Iterator[dict[str, Any]]:
         """See `Engine`."""
         with torch_threads(self.threads):

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from steerrec.engines import Spec, Worker, told, unless_told
+from steerrec.engines import MakeWorker, Spec, told, unless_told
 from steerrec.errors import EngineError, SteerrecError
 
 _OBJECTS = 256 << 20  # bytes of Ray's object store on this machine: only records pass through it
@@ -34,14 +34,18 @@ class RayEngine:
         How many; as many as the cluster has CPUs for by default.
     threads
         Threads of torch, and CPUs, of a worker.
+    gpus
+        GPUs of a worker.
     """
 
     address: str | None = None
     workers: int | None = None
     threads: int = 1
+    gpus: float = 0
+    in_process: ClassVar[bool] = False
 
     def run(
-        self, worker: type[Worker], spec: Spec, blocks: Sequence[Spec]
+        self, worker: MakeWorker, spec: Spec, blocks: Sequence[Spec]
     ) -> Iterator[dict[str, Any]]:
         """See `Engine`.
 
@@ -68,6 +72,7 @@ class RayEngine:
                 batch_size=1,
                 batch_format="numpy",
                 num_cpus=self.threads,
+                num_gpus=self.gpus,
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 fn_constructor_args=(worker, dict(spec), self.threads),
                 max_restarts=-1,
@@ -111,7 +116,7 @@ class RayEngine:
 class _Actor:
     """A worker as Ray Data calls it: with a batch of blocks, each a JSON text."""
 
-    def __init__(self, worker: type[Worker], spec: Spec, threads: int) -> None:
+    def __init__(self, worker: MakeWorker, spec: Spec, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -135,6 +140,7 @@ class _Actor:
 
 def _imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # A cluster on this machine has no GPU of its own unless it is asked for.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -146,5 +152,5 @@ def _imported() -> Any:
         ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # steerrec has its own
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions too
     return ray
