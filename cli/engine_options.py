@@ -50,9 +50,7 @@ Address = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        "--workers", min=1, help="Ray workers; as many as CPUs.", rich_help_panel=PANEL
-    ),
+    typer.Option("--workers", min=1, help="Ray workers; as many as CPUs.", rich_help_panel=PANEL),
 ]
 Threads = Annotated[
     int | None,

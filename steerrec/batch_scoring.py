@@ -32,7 +32,7 @@ from steerrec.errors import ArtifactError, DataError, StorageError
 from steerrec.evaluation import Evaluation, steered
 from steerrec.files import atomic_file, write_json
 from steerrec.item_dtypes import ItemDtype, compact
-from steerrec.loading import load_recommender
+from steerrec.loading import holds_no_items, load_recommender
 from steerrec.metrics import RankingMetrics
 from steerrec.progress import track
 from steerrec.ranking import TopK, top_k
@@ -163,7 +163,9 @@ class Scorer:
         spec = self.spec
         if spec.model is None:
             return None
-        items = recorded if spec.items is None else Catalogue.read(spec.items)
+        items = None
+        if holds_no_items(spec.model):
+            items = recorded if spec.items is None else Catalogue.read(spec.items)
         return load_recommender(spec.model, device=spec.device, items=items)
 
     def _digest(self) -> str:

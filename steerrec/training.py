@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steerrec import distributed
 from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
 from steerrec.attachment import count_firings
 from steerrec.autoencoder import (
@@ -118,6 +119,8 @@ def train_autoencoder(
     warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Train an SAE from shards, with a true shuffle over all rows and a checkpoint each epoch.
+
+    Inside `distributed.process_group`, under torchrun, all processes train it together.
 
     Rows are centred and scaled by one number for training; the result is folded back and reads
     raw activations.
@@ -232,7 +235,7 @@ class _Run:
         for step, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
             x = (self.shards.gather(rows).to(self.device) - mean) / self.scale
             self.set_learning_rate(self.epoch * len(batches) + step, len(batches))
-            fvu += self.step(x)
+            fvu += self.step(*distributed.share(x))
         value = float(fvu) / len(batches)
         if not math.isfinite(value):
             raise TrainingError(
@@ -243,8 +246,8 @@ class _Run:
         self.log.append({"epoch": self.epoch, "fvu": value, "dead": len(self.dead)})
         logger.info("SAE epoch %d: %s", self.epoch, self.log[-1])
 
-    def step(self, x: Tensor) -> Tensor:
-        """One optimiser step on a batch; returns its FVU."""
+    def step(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """One optimiser step on a batch, or this process's share of it; returns its FVU."""
         sae = self.sae
         out = sae(x)
         fvu = fraction_of_variance_unexplained(x, out.x_hat)
@@ -255,14 +258,16 @@ class _Run:
             loss = loss + self.training.aux_weight * aux
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        distributed.sum_gradients(sae.parameters(), weight)
         _project_decoder_gradient(sae)
         self.optimizer.step()
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
             fired = out.latents.indices[out.latents.values > 0]
-            self.rows_since_fired += len(x)
+            self.rows_since_fired += len(x) * distributed.size()
             self.rows_since_fired[fired] = 0
-        return fvu.detach()
+            distributed.smallest(self.rows_since_fired)
+        return distributed.summed(fvu.detach(), weight)
 
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.training.epochs
@@ -272,6 +277,8 @@ class _Run:
             group["lr"] = self.training.learning_rate * factor
 
     def save(self) -> None:
+        if distributed.rank():
+            return
         parts = {
             "sae": self.sae.state_dict(),
             "dead": {"rows_since_fired": self.rows_since_fired},
@@ -391,6 +398,8 @@ def fit_autoencoder(
         L0 and dead share; `warm_start` has the same of the SAE that training went on from.
     """
     if work is None:
+        if distributed.size() > 1:
+            raise TrainingError("several processes train from one folder of activations; give work")
         with tempfile.TemporaryDirectory() as folder:
             return fit_autoencoder(
                 rec,
@@ -406,7 +415,9 @@ def fit_autoencoder(
         training = training or SAETraining.going_on(warm_start)
         count_firings(rec, site or rec.site, width=warm_start.d_in)  # before anything is captured
     shards = Path(work) / "activations"
-    capture_activations(rec, train, shards, site=site, sampling=sampling)
+    if distributed.rank() == 0:
+        capture_activations(rec, train, shards, site=site, sampling=sampling)
+    distributed.wait()
     seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
     sae, summary = train_autoencoder(
         seen, training or SAETraining(), work=work, device=device, warm_start=warm_start

@@ -85,7 +85,9 @@ def workers_of(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")")[-1].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rsplit(")")[-1].split()[1]
+                )
                 names[int(entry.name)] = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
@@ -108,7 +110,7 @@ def steer(folder: Path, name: str, *options: str, kill_after: int | None = None)
         *("--model", str(folder / "model"), "--data", str(folder / "users"), "--recipe", "shift"),
         *("-o", str(out), "--json", *options),
     ]
-    print(" ".join(command), file=sys.stderr, flush=True)
+    sys.stderr.write(" ".join(command) + "\n")
     started = time.perf_counter()
     # in that folder: Ray puts the current one on its workers' path, and a checkout is no package
     printed = folder / f"{name}.json"
@@ -124,7 +126,7 @@ def steer(folder: Path, name: str, *options: str, kill_after: int | None = None)
             ):
                 os.kill(found[0], signal.SIGKILL)
                 killed = found[0]
-                print(f"killed worker {killed} of {found}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"killed worker {killed} of {found}\n")
         process.wait()
     if process.returncode:
         raise SystemExit(f"{name} ended with {process.returncode}")
@@ -185,7 +187,7 @@ def main() -> None:
             "by_clock": one["users_per_second"] / args.workers / other["users_per_second"],
         },
     }
-    print(json.dumps(found, indent=2))
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
