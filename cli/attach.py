@@ -50,6 +50,7 @@ def attach(
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Training prefixes to learn from, at most.")
     ] = 200_000,
+    users: opt.Users = None,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     revision: opt.Revision = None,
@@ -150,7 +151,7 @@ def attach(
         )
     if distributed.launched_as():
         return  # the first process measures and writes
-    summary["downstream"] = reconstruction_cost(rec, sae, split, site=site)
+    summary["downstream"] = reconstruction_cost(rec, sae, split, site=site, max_users=users)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     if adding:
         save_site(output, rec, sae, site=site, training=summary)

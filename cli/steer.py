@@ -71,6 +71,7 @@ def steer(
         typer.Option("--split", help="Whole histories, or a held-out part with its metrics."),
     ] = SplitName.none,
     mask_seen: opt.MaskSeen = False,
+    users_at_most: opt.Users = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -136,6 +137,8 @@ def steer(
         _check(output, sweep, alphas, force, splice, popsteer_compat)
     if sweep and (alpha is not None or split is not SplitName.none):
         raise typer.BadParameter("--sweep measures its own strengths on both held-out parts")
+    if users_at_most and not sweep and split is SplitName.none:
+        raise typer.BadParameter("--users goes with --split valid, --split test or --sweep")
     if sweep and save:
         raise typer.BadParameter("--save goes with one strength, not with --sweep")
     if recipe and (neurons or splice or popsteer_compat):
@@ -220,6 +223,7 @@ def steer(
             alphas=strengths,
             k=k,
             mask_seen=mask_seen,
+            max_users=users_at_most,
         )
         folder = output or SWEEP
         write_sweep(result, folder, title="Steering popularity", json=json_output)
@@ -229,7 +233,8 @@ def steer(
         capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
     else:
         which: Which = "valid" if split is SplitName.valid else "test"
-        capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)
+        split_data = opt.split_for(rec, interactions)
+        capture = partial(capture_held_out, rec, split_data, which, max_users=users_at_most)
     users = capture()
     error = eng.error_of(exact, rec, item_dtype, users.vectors, k)
     base = rank(rec, users, k=k, mask_seen=mask_seen)

@@ -62,7 +62,8 @@ def share(x: Tensor) -> tuple[Tensor, float]:
     """The rows of a batch [B, H] that are for this process, and the weight of a loss that is their FVU.
 
     The FVU of the batch is the sum over processes of ``weight * FVU``: the squared error is summed
-    over rows, and the weight is the ratio of the two denominators.
+    over rows, and the weight is the ratio of the two denominators. What else is in a loss (AuxK) is
+    that of each share, weighted so too.
     """
     if size() == 1:
         return x, 1.0

@@ -228,11 +228,17 @@ def recommend(
 
 
 def reconstruction_cost(
-    rec: Recommender, sae: SparseAutoencoder, split: Split, *, site: Site | None = None, k: int = 10
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    split: Split,
+    *,
+    site: Site | None = None,
+    k: int = 10,
+    max_users: int | None = None,
 ) -> dict[str, Any]:
     """Held-out metrics with the reconstruction in place of the vector, beside the model's own.
 
-    Both splits are measured, and nothing is chosen by them.
+    Both splits are measured, and nothing is chosen by them. See `capture_held_out` for `max_users`.
 
     Returns
     -------
@@ -244,7 +250,7 @@ def reconstruction_cost(
     found: dict[str, Any] = {}
     splits: tuple[Which, ...] = ("valid", "test")
     for which in splits:
-        capture = partial(capture_held_out, rec, split, which)
+        capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
         base = measure(rec, users, k=k)
         lists = rank_steered(rec, sae, empty, users, capture, site=site, k=k)

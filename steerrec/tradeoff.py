@@ -84,6 +84,7 @@ def sweep(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     k: int = 10,
     mask_seen: bool = False,
+    max_users: int | None = None,
 ) -> Sweep:
     """Measure a steering at many strengths, on validation and on test.
 
@@ -100,11 +101,13 @@ def sweep(
         Strengths; 0 is always measured first.
     k, mask_seen
         See `measure`.
+    max_users
+        See `capture_held_out`.
     """
     strengths = (0.0, *(alpha for alpha in alphas if alpha != 0))
     found: dict[Which, list[Evaluation]] = {"valid": [], "test": []}
     for which, results in found.items():
-        capture = partial(capture_held_out, rec, split, which)
+        capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
         for alpha in track(strengths, f"strengths on {which}", unit="alpha"):
             if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
