@@ -59,7 +59,7 @@ def wait() -> None:
 
 
 def share(x: Tensor) -> tuple[Tensor, float]:
-    """The rows of a batch [B, H] that are for this process, and the weight of a loss that is their FVU.
+    """The rows of a batch [B, H] for this process, and the weight of a loss that is their FVU.
 
     The FVU of the batch is the sum over processes of ``weight * FVU``: the squared error is summed
     over rows, and the weight is the ratio of the two denominators. What else is in a loss (AuxK) is

@@ -62,7 +62,9 @@ def test_the_lists_are_those_of_one_process_and_so_are_the_metrics(scene, tmp_pa
     rec, artifact, histories, files, spec = scene
     found = score_blocks(spec, files, tmp_path / "out", block_users=USERS)
 
-    transform = SteerTransform(artifact.at().sae, Steering.popsteer(artifact.at().table("popularity")))
+    transform = SteerTransform(
+        artifact.at().sae, Steering.popsteer(artifact.at().table("popularity"))
+    )
     lists = recommend(rec, histories, k=5, mask_seen=True, transform=transform)
     rows = rows_of(tmp_path / "out")
     assert rows["item_id"].to_list() == rec.catalogue.item_ids.gather(lists.ids.flatten()).to_list()
