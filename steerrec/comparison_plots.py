@@ -115,9 +115,7 @@ def plot_who_loses(
             if known:
                 axes.hlines(y, min(known), max(known), color="#c9cdd3", lw=2, zorder=2)
         axes.set_xlabel(f"change of nDCG@{k} in %, {label}", fontsize=11)
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=10
-        )
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=10)
         plain_axes(axes)
         axes.margins(x=0.07)
         axes.grid(axis="y", visible=False)
@@ -135,9 +133,7 @@ def _label(method: MethodResult, budget: float) -> str:
     return method.name + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _frontiers(
-    axes: Axes, comparison: Comparison, metric: str, looks: dict[str, _Look]
-) -> None:
+def _frontiers(axes: Axes, comparison: Comparison, metric: str, looks: dict[str, _Look]) -> None:
     k, base = comparison.protocol["k"], comparison.base["test"]
     own, lowest = base[f"ndcg@{k}"], 0.88 * base[f"ndcg@{k}"]
     shown: list[float] = []

@@ -15,7 +15,6 @@ from steerrec.files import write_json
 from steerrec.metrics import GROUP_NAMES
 from steerrec.significance import Replicates
 
-
 TASTES = ("rare", "mixed", "popular")
 """Three equal parts of the users, by the mean log popularity of what they have taken."""
 

@@ -144,9 +144,7 @@ def test_sites_are_the_blocks_of_the_model_at_one_position_or_all():
     sae = SparseAutoencoder(8, LATENTS, K).requires_grad_(False)
     found = ablate(rec, split, sae, studies=("site",), **QUICK)
     expected = [
-        f"{path}, {where}"
-        for path in paths
-        for where in ("the user's position", "every position")
+        f"{path}, {where}" for path in paths for where in ("the user's position", "every position")
     ]
     expected.append(f"{rec.site.path}, the user's position")  # nothing reads its others
     assert list(rows(found, "site")) == expected
