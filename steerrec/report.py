@@ -83,40 +83,58 @@ def plot_ablations(ablations: Ablations, path: str | Path, *, title: str) -> Non
     from matplotlib.figure import Figure
 
     usual, *rows = ablations.rows
-    places, labels, y = [], [], 0.0
+    places, labels, headings, y = [], [], [], 0.0
     for i, row in enumerate(rows):
-        if i and row.study != rows[i - 1].study:
-            y += 0.8  # a gap between studies
+        if not i or row.study != rows[i - 1].study:
+            y += 0.6 if i else 0.0  # a gap between studies
+            headings.append((y, row.study))
+            y += 1
         places.append(y)
-        first = not i or row.study != rows[i - 1].study
-        labels.append(f"{row.study}:  {row.label}" if first else row.label)
+        labels.append(row.label)
         y += 1
-    figure = Figure(figsize=(10.5, 1.8 + 0.24 * (y + 1)), layout="constrained")
+    figure = Figure(figsize=(11.0, 2.4 + 0.22 * y), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (("gini", "gain in Gini (HV)"), ("ltc", "gain in long-tail coverage (HV)"))
     both = figure.subplots(1, 2, sharey=True)
+    colours = [_GREY if row.study == "controls" else _BLUE for row in rows]
     for axes, (by, label) in zip(both, panels, strict=True):
         values = [row.hypervolume[by] for row in rows]
         axes.axvline(usual.hypervolume[by], color=_ORANGE, lw=1.5, label="as it is")
-        axes.hlines(places, 0, values, color=_BLUE, lw=1.5, alpha=0.45)
-        axes.scatter(values, places, s=26, color=_BLUE, zorder=3, label="varied")
+        axes.hlines(places, 0, values, colors=colours, lw=1.5, alpha=0.45)
+        for colour, name in ((_BLUE, "one thing varied"), (_GREY, "control")):
+            chosen = [i for i, own in enumerate(colours) if own == colour]
+            if chosen:
+                axes.scatter(
+                    [values[i] for i in chosen],
+                    [places[i] for i in chosen],
+                    s=28,
+                    color=colour,
+                    zorder=3,
+                    clip_on=False,
+                    label=name,
+                )
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"{label}  (more is better)")
+        axes.set_xlabel(f"{label}  (more is better)", fontsize=11)
         plain_axes(axes)
         axes.grid(axis="y", visible=False)
-    both[0].set_yticks(places, labels, fontsize=9)
-    both[0].invert_yaxis()
-    both[0].tick_params(axis="y", length=0)
-    both[1].tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
+    ticks = sorted([*zip(places, labels, strict=True), *headings])
+    both[0].set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=9.5)
+    bold = {place for place, _ in headings}
+    for tick, (place, _) in zip(both[0].get_yticklabels(), ticks, strict=True):
+        tick.set_fontweight("bold" if place in bold else "normal")
+    both[0].set_ylim(y - 0.2, -0.8)
     handles = both[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     protocol = ablations.protocol
     seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
     subtitle = (
         f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}; mean gain "
         "within 10 % of nDCG, chosen on validation"
     )
-    figure.suptitle(f"{title}\n{subtitle}", fontsize=10, color="#555b64", x=0.01, ha="left")
+    figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    height = figure.get_size_inches()[1]
+    figure.text(0.01, 1 - 0.52 / height, subtitle, fontsize=10, color="#555b64")
     suffix = Path(path).suffix.lstrip(".") or "png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
