@@ -111,9 +111,9 @@ def plot_who_loses(
                 label=f"{name}{word}",
             )
         for y, change in zip(places, changes, strict=True):
-            known = [100 * value for value in change[part] if value is not None]
-            if known:
-                axes.hlines(y, min(known), max(known), color="#c9cdd3", lw=2, zorder=2)
+            spread = [100 * value for value in change[part] if value is not None]
+            if spread:
+                axes.hlines(y, min(spread), max(spread), color="#c9cdd3", lw=2, zorder=2)
         axes.set_xlabel(f"change of nDCG@{k} in %, {label}", fontsize=11)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=10)
         plain_axes(axes)
@@ -229,10 +229,10 @@ def _kind(method: MethodResult) -> str:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr]
     return figure
 
 
