@@ -44,7 +44,10 @@ class Latents(NamedTuple):
         """Rows of several batches one after the other, filled up to the widest: [sum B, w]."""
         width = max(part.values.shape[1] for part in parts)
         filled = [
-            [F.pad(each, (0, width - each.shape[1])) if each.shape[1] < width else each for each in part]
+            [
+                F.pad(each, (0, width - each.shape[1])) if each.shape[1] < width else each
+                for each in part
+            ]
             for part in parts
         ]
         return cls(*(torch.cat(tensors) for tensors in zip(*filled, strict=True)))
@@ -141,7 +144,13 @@ class SparseAutoencoder(nn.Module):
         nn.Module.__init__(sae)
         sae.d_in, sae.d_sae = weights["W_enc"].shape
         sae.register_parameter("threshold", None)
-        for name in ("W_dec", "W_enc", "b_enc", "b_dec", *(["threshold"] * ("threshold" in weights))):
+        for name in (
+            "W_dec",
+            "W_enc",
+            "b_enc",
+            "b_dec",
+            *(["threshold"] * ("threshold" in weights)),
+        ):
             sae.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
         sae._set_k(k)
         return sae

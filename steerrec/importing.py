@@ -128,7 +128,10 @@ def _from_saelens(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
         flags[key] = config.get(key, flags[key])
         if not isinstance(flags[key], bool):
             raise _unlike(file, key, flags[key], "true or false")
+    if jumps and flags["rescale_acts_by_decoder_norm"]:
+        raise _unlike(file, "rescale_acts_by_decoder_norm", True, "false for jumprelu")
     weights = _tensors(path / _SAELENS, root, _TENSORS + _THRESHOLD * jumps)
+    _check_shapes(path, weights)
     if flags["rescale_acts_by_decoder_norm"]:
         length = weights["W_dec"].norm(dim=1)  # [d_sae]
         if not bool((length > 0).all()):

@@ -1,7 +1,7 @@
 """Latents that are active above a threshold of their own: what is active, and shifts of it.
 
-For SAEs of architecture jumprelu, ``f_j = z_j if z_j > threshold_j else 0`` after ReLU (Rajamanoharan
-et al. 2024, arXiv 2407.14435): nothing is selected, and how many latents are active varies by row.
+For SAEs of architecture jumprelu, ``f_j = ReLU(z_j) if z_j > threshold_j else 0`` (Rajamanoharan et
+al. 2024, arXiv 2407.14435): nothing is selected, and how many latents are active varies by row.
 """
 
 from __future__ import annotations

@@ -195,7 +195,10 @@ class _Run:
             recentre(self.sae, self.sample(torch.Generator().manual_seed(training.seed)))
         self.begin()
         self.optimizer = torch.optim.Adam(
-            [*self.sae.parameters(), *self.rule.parameters()], lr=training.learning_rate, betas=(0.9, 0.999), fused=True
+            [*self.sae.parameters(), *self.rule.parameters()],
+            lr=training.learning_rate,
+            betas=(0.9, 0.999),
+            fused=True,
         )
         self.epoch = 0
         self.rows_since_fired = torch.zeros(training.latents, dtype=torch.int64, device=device)
@@ -266,9 +269,9 @@ class _Run:
         batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         fvu = torch.zeros((), device=self.device)
         mean = self.mean.to(self.device)
-        for step, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
+        for number, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
             x = (self.shards.gather(rows).to(self.device) - mean) / self.scale
-            self.set_learning_rate(self.epoch * len(batches) + step, len(batches))
+            self.set_learning_rate(self.epoch * len(batches) + number, len(batches))
             fvu += self.step(x)
         value = float(fvu) / len(batches)
         if not all(bool(tensor.isfinite().all()) for tensor in self.sae.parameters()):
