@@ -38,9 +38,8 @@ benchmark: $(VENV)/installed ## timings (tests/benchmarks)
 # sae-lens brings about 120 packages, some older than ours: an environment of its own, outside `make test`.
 sae-libraries: ## SAEs against sae-lens, sparsify and dictionary_learning (sets up .venv-sae; large)
 	test -d .venv-sae || "$(PYTHON)" -m venv .venv-sae
-	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" pytest pytest-timeout \
-		pytest-benchmark sybil .
-	-.venv-sae/bin/python -m pip install --quiet "eai-sparsify==1.3.3" "dictionary-learning==0.1.0"
+	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" \
+		"dictionary-learning==0.1.0" "eai-sparsify==1.3.3" pytest pytest-timeout pytest-benchmark sybil .
 	PYTHONSAFEPATH=1 .venv-sae/bin/python -m pytest -m "" tests/optional/test_sae_libraries.py \
 		tests/benchmarks/test_sae_training.py
 

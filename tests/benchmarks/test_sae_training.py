@@ -19,7 +19,7 @@ from steerrec.training import SAETraining
 
 from ..unit.test_sae_training import write_shards
 
-WIDTH, ROWS, EPOCHS = 64, 16_384, 6
+WIDTH, ROWS, EPOCHS = 64, 16_384, 4
 TRAINING = SAETraining(epochs=EPOCHS)  # 4,096 latents, k 32, 1,024 rows a step
 
 
@@ -128,6 +128,8 @@ def rate(number, steps):
     return min(1.0, 2 * (1 - number / steps), (number + 1) / min(100, max(1, steps // 10)))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.benchmark(group="SAE training")
 def test_rows_a_second_and_fvu(benchmark, tmp_path, capsys):
     threads = torch.get_num_threads()
