@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
-    from steerrec.operations import SteeringSum as SteeringSum
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
     from steerrec.profiles import users_by_taste as users_by_taste
     from steerrec.pulling import pull as pull
     from steerrec.pushing import push as push
+    from steerrec.quantiles import latent_quantiles as latent_quantiles
     from steerrec.recipes import Recipe as Recipe
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from steerrec.sites import TokenIds as TokenIds
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
+    from steerrec.sums import SteeringSum as SteeringSum
     from steerrec.tradeoff import Sweep as Sweep
     from steerrec.tradeoff import sweep as sweep
     from steerrec.training import SAETraining as SAETraining
@@ -102,7 +103,7 @@ _HOME = {
     "SparseAutoencoder": "autoencoder",
     "SteerTransform": "steering",
     "Steering": "steering",
-    "SteeringSum": "operations",
+    "SteeringSum": "sums",
     "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
@@ -121,6 +122,7 @@ _HOME = {
     "gated": "gates",
     "gather_candidates": "rerank",
     "import_sae": "importing",
+    "latent_quantiles": "quantiles",
     "layer_report": "layers",
     "learn_steering": "learning",
     "leave_one_out": "data",
