@@ -119,11 +119,11 @@ def choose_strength(
         spent = spent + 1 if lost < 1 - 2 * budget else 0
         if spent == 2:
             break
-    steps = [0.0, *(alpha / unit for alpha in tried if alpha)]
-    at = steps.index(best(tried) / unit)
-    low, high = steps[max(0, at - 1)], steps[min(len(steps) - 1, at + 1)]
+    strengths = list(tried)  # by size
+    at = strengths.index(best(tried))
+    low, high = strengths[max(0, at - 1)], strengths[min(len(strengths) - 1, at + 1)]
     for i in track(range(1, FINE + 1), "finer strengths", unit="alpha"):
-        alpha = round(low + (high - low) * i / (FINE + 1), 6) * unit
+        alpha = float(f"{low + (high - low) * i / (FINE + 1):.6g}")
         if alpha not in tried:
             tried[alpha] = measured(alpha)
     chosen = best(tried)
