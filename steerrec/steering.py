@@ -137,7 +137,7 @@ class Steering(Recipe):
         shift = torch.where(d > 0, -weight * std_a, weight * std_b) * (d != 0)
         if neurons is not None:
             chosen = torch.zeros(len(table), dtype=torch.bool)
-            chosen[table.strongest(neurons)] = True
+            chosen[table.strongest(neurons, by="cohens_d")] = True
             shift = shift * chosen
         return cls(
             shift=shift.float(),
