@@ -67,6 +67,10 @@ class AttributionStudy:
         How many were switched off and are active in some user; the others tell nothing.
     strongest
         How many the strongest are.
+    reliability
+        How much of the spread of the causal effect over these neurons is not the chance of which
+        users were looked at: 1 less the mean squared standard error over the variance. Nothing
+        can go with what is chance.
     rows
         One a column, the best first.
     """
@@ -75,6 +79,7 @@ class AttributionStudy:
     target: str
     neurons: int
     strongest: int
+    reliability: float | None
     rows: tuple[ColumnAgreement, ...]
 
     @property
@@ -92,6 +97,7 @@ def attribution_study(
     *,
     target: str = "causal_effect",
     columns: Sequence[str] | None = None,
+    least_active: float = 0.0,
     replicates: int = 1000,
     seed: int = 0,
 ) -> AttributionStudy:
@@ -105,6 +111,8 @@ def attribution_study(
         `causal_effect`, or `causal_gini`.
     columns
         Which to compare; by default those of `CANDIDATES` that the table has.
+    least_active
+        Only neurons that are active in more than this share of the users.
     replicates
         How often neurons are drawn with replacement for the intervals.
     seed
@@ -119,11 +127,13 @@ def attribution_study(
         raise ArtifactError(
             f"the table of {table.name} has no {target}; add it with `steerrec score --causal all`"
         )
-    usable = (table["causal_measured"] > 0) & (table["causal_active"] > 0)
+    usable = (table["causal_measured"] > 0) & (table["causal_active"] > least_active)
     count = int(usable.sum())
     if count < 3:
         raise ArtifactError(
-            f"{count} neurons were switched off and are active in a user; expected 3 at least"
+            f"{count} neurons were switched off and are active in "
+            f"{f'more than {least_active:.2%} of the users' if least_active else 'a user'}; "
+            "expected 3 at least"
         )
     wanted = [name for name in columns or CANDIDATES if columns or name in table.columns]
     values = torch.stack([table.signed(name)[usable] for name in (target, *wanted)]).double()
@@ -152,7 +162,11 @@ def attribution_study(
         for i, name in enumerate(wanted)
     ]
     rows.sort(key=lambda row: -row.correlation)
-    return AttributionStudy(table.name, target, count, n, tuple(rows))
+    reliability = None
+    if target == "causal_effect":
+        noise = table["causal_effect_se"][usable].double().square().mean()
+        reliability = float(1 - noise / values[0].var(correction=0).clamp_min(1e-30))
+    return AttributionStudy(table.name, target, count, n, reliability, tuple(rows))
 
 
 def _rank_correlations(tied: list[NDArray[np.int64]], times: NDArray[Any]) -> NDArray[np.float64]:

@@ -14,12 +14,15 @@ from torch import Tensor
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.item_values import ItemValues
-from steerrec.learning import CELLS, MASKED, temperature
 from steerrec.progress import track
 from steerrec.recommender import ItemHead
+from steerrec.selection import largest
 
-FOCUS = 1.5
-"""The perplexity of each user's scores is brought to this many list lengths by a temperature."""
+CELLS = 4_000_000
+"""At most so many scores are held at once: users of a batch times items."""
+
+SHARPNESS = 12
+"""The edge of a soft list is this much narrower than the scores from half its length to twice."""
 
 
 @torch.no_grad()
@@ -126,10 +129,13 @@ def grad_attribution(
 ) -> Tensor:
     """Mean over users of ``f_j * dO/df_j``: to first order, what O loses without the neuron.
 
-    O is the value of items that a user's scores s lead to, ``O = sum_i softmax(s / T)_i * v_i``.
-    The temperature T of each user, which is held fixed, gives the softmax a perplexity of 1.5 k:
-    it then lies on the items near the top k. Spliced in as a delta, a latent moves the user vector
-    along its decoder row, so that ``dO/df_j = W_dec[j] . dO/dx``.
+    O is the mean value v of a user's soft list, ``O = sum_i q_i * v_i / k``, in which item i of
+    score s_i is to the degree ``q_i = sigmoid((s_i - theta) / tau)``. The threshold theta lies
+    midway between the scores of ranks k and k + 1 and moves so that the sum of all q stays, so that
+    ``dO/ds_i = w_i * (v_i - mean_w(v)) / k`` with ``w_i = q_i * (1 - q_i) / tau``: what counts are
+    the items at the edge of the list. tau is a twelfth of what lies between the scores of ranks k/2
+    and 2k. Spliced in as a delta, a latent moves the user vector along its decoder row, so that
+    ``dO/df_j = W_dec[j] . dO/dx``.
 
     Parameters
     ----------
@@ -154,22 +160,42 @@ def grad_attribution(
         Float64 [d_sae], in units of v.
     """
     total = torch.zeros(sae.d_sae, dtype=torch.float64)
+    if k >= len(head):  # every list holds all items, whatever the scores
+        return total
     worth = torch.from_numpy(values).to(head.weight.device, torch.float32)
     size = max(1, min(1024, cells // len(head)))
     for rows in track(torch.arange(len(user_vectors)).split(size), "gradients", unit="batch"):
         x = user_vectors[rows].to(head.weight).requires_grad_()
         scores = head.scores(x).float()
-        if seen is not None:
-            scores = scores.index_put(_cells(seen, rows), scores.new_tensor(MASKED))
-        heat = temperature(scores.detach(), FOCUS * k)  # [B, 1]
-        objective = (scores / heat).softmax(dim=1) @ worth
-        (gradient,) = torch.autograd.grad(objective.sum(), x)
+        with torch.no_grad():
+            slope = _edge(scores, None if seen is None else _cells(seen, rows), k)
+            mean = (slope @ worth) / slope.sum(dim=1).clamp_min(1e-30)
+            by_score = slope * (worth - mean.unsqueeze(1)) / k  # [B, N]
+        (by_vector,) = torch.autograd.grad(scores, x, by_score)
         with torch.no_grad():
             latents, indices = sae.encode(x.detach().to(sae.W_enc))
             picked = sae.W_dec[indices]  # [B, k, H]
-            along = (picked @ gradient.to(picked).unsqueeze(2)).squeeze(2)  # [B, k]
+            along = (picked @ by_vector.to(picked).unsqueeze(2)).squeeze(2)  # [B, k]
             total.index_add_(0, indices.flatten().cpu(), (latents * along).flatten().double().cpu())
     return total / len(user_vectors)
+
+
+def _edge(scores: Tensor, masked: tuple[Tensor, Tensor] | None, k: int) -> Tensor:
+    """How fast each item enters the soft list of each user as its score rises: w [B, N]."""
+    if masked is not None:
+        scores = scores.index_put(masked, scores.new_tensor(-torch.inf))
+    theta, tau = _threshold(scores, k)
+    soft = ((scores - theta) / tau).sigmoid()
+    return soft * (1 - soft) / tau
+
+
+def _threshold(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Threshold and width of the edge of each user's list of k: [B, 1] each."""
+    near = largest(scores, min(2 * k, scores.shape[1]))[0].sort(dim=1, descending=True).values
+    near = near.clamp_min(torch.finfo(near.dtype).min / 4)  # what is masked
+    theta = near[:, k - 1 : k + 1].mean(dim=1, keepdim=True)
+    width = near[:, (k - 1) // 2, None] - near[:, -1:]
+    return theta, (width / SHARPNESS).clamp_min(1e-6)
 
 
 def _cells(seen: Histories, rows: Tensor) -> tuple[Tensor, Tensor]:

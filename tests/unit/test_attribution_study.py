@@ -23,6 +23,7 @@ def table(n=200, **columns):
     given = {
         "cohens_d": np.random.default_rng(2).normal(size=n),
         "causal_effect": effect,
+        "causal_effect_se": np.full(n, 0.5),
         "causal_gini": -effect,
         "causal_measured": measured,
         "causal_active": active,
@@ -70,6 +71,18 @@ def test_a_column_that_is_the_effect_finds_all_and_one_against_it_too_by_size():
     assert (best.correlation, worst.correlation) == pytest.approx((1, -1))
     assert worst.magnitude == pytest.approx(1)
     assert best.interval == pytest.approx((1, 1))
+
+
+def test_reliability_and_a_least_activity():
+    active = np.full(200, 0.01)
+    active[10:60] = 0.2
+    given = table(causal_active=active)
+    study = attribution_study(given, least_active=0.05, replicates=10)
+    assert study.neurons == 50
+    variance = given["causal_effect"].numpy()[10:60].var()
+    assert study.reliability == pytest.approx(1 - 0.25 / variance)
+    with pytest.raises(ArtifactError, match="0 neurons .* in more than 50.00% of the users; exp"):
+        attribution_study(given, least_active=0.5)
 
 
 def test_another_target_and_json():

@@ -10,7 +10,6 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
 from steerrec.item_values import ItemValues, item_values, taste
-from steerrec.learning import temperature
 from steerrec.profiles import Contrast, popularity_contrast, users_by_taste
 from steerrec.recommender import ItemHead
 
@@ -129,24 +128,56 @@ def test_mean_latents_and_firing_rates(unit):
 # --- gradient x activation
 
 
-def objective(head, values, x, heat):
-    return (head.scores(x).double() / heat).softmax(dim=1) @ torch.from_numpy(values)
+def soft_list(scores, theta, tau):
+    return ((scores - theta) / tau).sigmoid()
+
+
+def objective(head, values, x, tau, total, k):
+    """Mean value of the soft lists whose degrees sum to what they summed to: by bisection."""
+    scores = head.scores(x)
+    low, high = scores.min(dim=1).values - 9, scores.max(dim=1).values + 9
+    for _ in range(80):
+        middle = (low + high) / 2
+        much = soft_list(scores, middle[:, None], tau).sum(dim=1) > total
+        low, high = torch.where(much, middle, low), torch.where(much, high, middle)
+    return soft_list(scores, low[:, None], tau) @ torch.from_numpy(values) / k
 
 
 @heads
 def test_gradient_times_activation_is_the_derivative_by_the_latents(head):
     """Central differences of the objective, as each active latent is scaled."""
-    sae, values = random_sae(), RNG.normal(size=30)
+    sae, values, k = random_sae(), RNG.normal(size=30), 4
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
-    found = grad_attribution(sae, head, values, x, k=3, cells=70)  # two users at a time
-    heat = temperature(head.scores(x), 1.5 * 3).double()
+    found = grad_attribution(sae, head, values, x, k=k, cells=70)  # two users at a time
     double = ItemHead(head.weight.double(), head.bias.double(), head.scale, head.normalize)
+    ranked = double.scores(x.double()).sort(dim=1, descending=True).values
+    tau = (ranked[:, 1] - ranked[:, 7]).unsqueeze(1) / 12  # ranks k / 2 and 2 k
+    theta = (ranked[:, 3] + ranked[:, 4]).unsqueeze(1) / 2
+    total = soft_list(double.scores(x.double()), theta, tau).sum(dim=1)
     latents = sae.encode(x).dense(sae.d_sae).double()
     for j in range(sae.d_sae):
-        step = 1e-4 * latents[:, j : j + 1] * sae.W_dec[j].double()
-        up, down = (objective(double, values, x.double() + s * step, heat) for s in (1, -1))
-        assert float(found[j]) == pytest.approx(float((up - down).mean() / 2e-4), abs=1e-5)
-    assert found.abs().max() > 1e-3
+        step = 1e-5 * latents[:, j : j + 1] * sae.W_dec[j].double()
+        up, down = (
+            objective(double, values, x.double() + s * step, tau, total, k) for s in (1, -1)
+        )
+        expected = float((up - down).mean() / 2e-5)
+        assert float(found[j]) == pytest.approx(expected, abs=1e-4, rel=1e-3)
+    assert found.abs().max() > 0.01
+
+
+def test_it_is_what_a_list_loses_without_a_latent_if_that_is_small():
+    """Over many users the hard lists lose what the gradient says."""
+    sae, head = random_sae(), HEADS["dot"]
+    values = RNG.normal(size=30)
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(5))
+    found = grad_attribution(sae, head, values, x, k=4)
+    latents, lost = sae.encode(x).dense(sae.d_sae), []
+    worth = torch.from_numpy(values)
+    before = worth[head.scores(x).topk(4).indices].mean(dim=1)
+    for j in range(sae.d_sae):
+        moved = x - 0.1 * latents[:, j : j + 1] * sae.W_dec[j]
+        lost.append(float((before - worth[head.scores(moved).topk(4).indices].mean(dim=1)).mean()))
+    assert np.corrcoef(found.numpy(), lost)[0, 1] > 0.97
 
 
 def test_a_neuron_that_pushes_valued_items_is_positive():
@@ -166,5 +197,17 @@ def test_seen_items_have_no_part_in_the_objective():
     values = np.zeros(20)
     values[5] = 1.0
     seen = Histories.from_lists([[5], [5, 5], [5]])
-    assert grad_attribution(sae, rec.item_head, values, x).abs().max() > 0
-    assert grad_attribution(sae, rec.item_head, values, x, seen=seen).abs().max() < 1e-9
+    assert grad_attribution(sae, rec.item_head, values, x, k=4).abs().max() > 0
+    assert grad_attribution(sae, rec.item_head, values, x, k=4, seen=seen).abs().max() < 1e-9
+
+
+def test_lists_that_hold_everything_cannot_change():
+    rec, sae = random_recommender(), random_sae(4)
+    found = grad_attribution(sae, rec.item_head, RNG.normal(size=20), torch.randn(3, 4), k=20)
+    assert not found.any()
+
+
+def test_scores_that_are_all_equal_give_finite_numbers():
+    head = ItemHead(torch.zeros(20, 4))
+    found = grad_attribution(random_sae(4), head, RNG.normal(size=20), torch.randn(3, 4), k=4)
+    assert bool(found.isfinite().all())
