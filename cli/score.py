@@ -11,8 +11,8 @@ import typer
 from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
+    from steerrec.agreement import AttributionStudy
     from steerrec.attribution import AttributionTable
-    from steerrec.attribution_study import AttributionStudy
 
 _STUDIED = ("study.json", "study.png")
 
@@ -78,10 +78,10 @@ def score(
     json_output: opt.Json = False,
 ) -> None:
     """Tell which neurons carry a contrast; the table goes into ARTIFACT."""
+    from steerrec.agreement import attribution_study
     from steerrec.artifacts import save_result, save_table
     from steerrec.attribution import score_neurons
     from steerrec.attribution_columns import add_columns, checked_columns
-    from steerrec.attribution_study import attribution_study
     from steerrec.card import NEURONS
     from steerrec.errors import DataError
     from steerrec.explaining import table_in_words

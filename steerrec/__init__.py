@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from steerrec.ablations import Ablations as Ablations
     from steerrec.ablations import ablate as ablate
     from steerrec.activations import ActivationSampling as ActivationSampling
+    from steerrec.agreement import AttributionStudy as AttributionStudy
+    from steerrec.agreement import attribution_study as attribution_study
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable as AttributionTable
     from steerrec.attribution import score_groups as score_groups
     from steerrec.attribution import score_neurons as score_neurons
+    from steerrec.attribution_columns import add_columns as add_columns
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
     from steerrec.capturing import capture as capture
+    from steerrec.causal import causal_effects as causal_effects
     from steerrec.comparison import compare as compare
     from steerrec.comparison_results import Comparison as Comparison
     from steerrec.conformance import check_conformance as check_conformance
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from steerrec.data import leave_one_out as leave_one_out
     from steerrec.data import read_interactions as read_interactions
     from steerrec.data import simulate as simulate
+    from steerrec.effects import grad_attribution as grad_attribution
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from steerrec.gates import gated as gated
     from steerrec.hooks import edit as edit
     from steerrec.importing import import_sae as import_sae
+    from steerrec.item_properties import item_values as item_values
     from steerrec.layers import layer_report as layer_report
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
@@ -71,6 +77,7 @@ if TYPE_CHECKING:
     from steerrec.sites import TokenIds as TokenIds
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
+    from steerrec.study_plot import plot_attribution_study as plot_attribution_study
     from steerrec.tradeoff import Sweep as Sweep
     from steerrec.tradeoff import sweep as sweep
     from steerrec.training import SAETraining as SAETraining
@@ -82,6 +89,7 @@ _HOME = {
     "ActivationSampling": "activations",
     "Artifact": "artifacts",
     "Attachment": "attachment",
+    "AttributionStudy": "agreement",
     "AttributionTable": "attribution",
     "Candidates": "rerank",
     "Catalogue": "data",
@@ -109,9 +117,12 @@ _HOME = {
     "TasteGate": "gates",
     "TokenIds": "sites",
     "ablate": "ablations",
+    "add_columns": "attribution_columns",
     "attach": "attachment",
+    "attribution_study": "agreement",
     "build_histories": "data",
     "capture": "capturing",
+    "causal_effects": "causal",
     "check_conformance": "conformance",
     "compare": "comparison",
     "edit": "hooks",
@@ -120,7 +131,9 @@ _HOME = {
     "fit_taste": "gates",
     "gated": "gates",
     "gather_candidates": "rerank",
+    "grad_attribution": "effects",
     "import_sae": "importing",
+    "item_values": "item_properties",
     "layer_report": "layers",
     "learn_steering": "learning",
     "leave_one_out": "data",
@@ -128,6 +141,7 @@ _HOME = {
     "load_recommender": "loading",
     "neuron_effects": "explaining",
     "plot_ablations": "report",
+    "plot_attribution_study": "study_plot",
     "plot_frontiers": "report",
     "plot_tradeoff": "report",
     "popularity_contrast": "profiles",

@@ -17,7 +17,7 @@ from steerrec.causal import causal_effects
 from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
 from steerrec.errors import ArtifactError, DataError, SiteError
-from steerrec.item_values import item_values, taste
+from steerrec.item_properties import item_values, taste
 from steerrec.moments import RunningMoments
 from steerrec.profiles import Contrast
 from steerrec.recommender import Recommender

@@ -174,7 +174,9 @@ def _active(
     """User, neuron and latent wherever a chosen neuron is active, by neuron and then user: [P]."""
     found = []
     for start in range(0, len(vectors), chunk):
-        values, indices = (part.cpu() for part in sae.encode(vectors[start : start + chunk].to(sae.W_enc)))
+        values, indices = (
+            part.cpu() for part in sae.encode(vectors[start : start + chunk].to(sae.W_enc))
+        )
         user, place = ((values > 0) & chosen[indices]).nonzero(as_tuple=True)
         found.append((user + start, indices[user, place], values[user, place]))
     users, neurons, latents = (torch.cat(parts) for parts in zip(*found, strict=True))

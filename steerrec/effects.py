@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
-from steerrec.item_values import ItemValues
+from steerrec.item_properties import ItemValues
 from steerrec.progress import track
 from steerrec.recommender import ItemHead
 from steerrec.selection import largest
@@ -32,9 +32,9 @@ def logit_slopes(
     """How the scores that a decoder row adds go with the values of items.
 
     Row j adds ``e_ji = W_dec[j] . E_i`` to the score of item i, with E_i the row of the item
-    matrix, of unit length if the head normalises; a bias is the same with and without it. Covariance
-    and variance over items are computed from the mean and the covariance [H, H] of the rows E_i:
-    the effects [d_sae, N] are never made.
+    matrix, of unit length if the head normalises; a bias is the same with and without it.
+    Covariance and variance over items are computed from the mean and the covariance [H, H] of the
+    rows E_i: the effects [d_sae, N] are never made.
 
     Parameters
     ----------

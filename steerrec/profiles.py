@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from steerrec.activations import sample_prefixes
 from steerrec.data import HEAD, TAIL, Catalogue, Histories
 from steerrec.errors import DataError
-from steerrec.item_values import item_values, taste
+from steerrec.item_properties import item_values, taste
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steerrec.agreement import AttributionStudy
 from steerrec.attribution import AttributionTable
-from steerrec.attribution_study import AttributionStudy
 from steerrec.files import atomic_file
 from steerrec.objectives import mid_ranks
 
@@ -48,7 +48,7 @@ def plot_attribution_study(
     for axes, row in zip(panels, study.rows, strict=False):
         ranks = mid_ranks(table.signed(row.column)[usable].double())
         axes.scatter(ranks.numpy(), effect.numpy(), s=4, alpha=0.25, color=_BLUE, lw=0)
-        axes.set_title(f"{row.column}  ρ = {row.correlation:+.2f}", fontsize=10)
+        axes.set_title(f"{row.column}: {row.correlation:+.2f}", fontsize=10)
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
         _plain(axes)
@@ -58,8 +58,8 @@ def plot_attribution_study(
     lower.supylabel(f"rank by {study.target}", fontsize=10)
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
     subtitle = (
-        f"{study.neurons:,} neurons, each switched off alone; Spearman's ρ with {study.target}, "
-        "95 % interval over neurons"
+        f"{study.neurons:,} neurons, each switched off alone; Spearman's rank correlation with "
+        f"{study.target}, 95 % interval over neurons"
     )
     height = figure.get_figheight()
     figure.text(0.01, 1 - 0.42 / height, subtitle, fontsize=9.5, color="#555b64")

@@ -15,7 +15,7 @@ from steerrec.causal import causal_effects
 from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
 from steerrec.errors import ArtifactError, DataError, SiteError
-from steerrec.item_values import item_values
+from steerrec.item_properties import item_values
 from steerrec.profiles import Contrast, popularity_contrast, users_by_taste
 from steerrec.sites import Site
 from steerrec.steering import Steering
@@ -61,9 +61,7 @@ def test_each_column_is_what_its_function_gives_for_these_users(contrast, mask_s
         "direct_effect": mean * slope,
         "mean_latent_users": mean,
         "firing_rate_users": rate,
-        "grad_attribution": grad_attribution(
-            SAE, REC.item_head, items.values, x, k=3, seen=seen
-        ),
+        "grad_attribution": grad_attribution(SAE, REC.item_head, items.values, x, k=3, seen=seen),
         "cohens_d_users": users["cohens_d"],
         "cohens_d_users_se": users["cohens_d_se"],
         "causal_effect": causal.effect,
@@ -146,7 +144,7 @@ def test_users_without_a_history_are_left_out():
 
 
 def test_a_table_of_something_else_is_an_error():
-    with pytest.raises(ArtifactError, match="of popularity and 12 neurons, .* of odd and 12"):
+    with pytest.raises(ArtifactError, match=r"of popularity and 12 neurons, .* of odd and 12"):
         added(ODD, table=scored())
     with pytest.raises(ArtifactError, match="expected those of one SAE and one contrast"):
         add_columns(scored(), REC, random_sae(4, 9, 3), POPULARITY, TRAIN)

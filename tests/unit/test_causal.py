@@ -53,9 +53,7 @@ def test_agrees_with_ranking_everybody_again(site, mask_seen, chunk):
         rec, sae, VALUES, people, site=site, k=5, mask_seen=mask_seen, chunk=chunk
     )
     for j in range(12):
-        effect, error, unequal = brute_force(
-            rec, sae, people, j, site=site, mask_seen=mask_seen
-        )
+        effect, error, unequal = brute_force(rec, sae, people, j, site=site, mask_seen=mask_seen)
         assert float(found.effect[j]) == pytest.approx(effect, abs=1e-9)
         assert float(found.standard_error[j]) == pytest.approx(error, abs=1e-9)
         assert float(found.gini[j]) == pytest.approx(unequal, abs=1e-12)
@@ -66,7 +64,7 @@ def test_agrees_with_ranking_everybody_again(site, mask_seen, chunk):
 
 
 def test_by_hand():
-    """Neuron 0 holds item 0, of value 4, at the top of user 0's list; without it item 2 is there."""
+    """Without neuron 0 one of two users has item 1, of value 1, and not item 0, of value 4."""
     vectors = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.5, 0.1]])
     rec = TinyRecommender(vectors, vectors, [3, 2, 1])
     sae = SparseAutoencoder(2, 2, 1).requires_grad_(False)

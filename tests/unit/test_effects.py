@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
-from steerrec.item_values import ItemValues, item_values, taste
+from steerrec.item_properties import ItemValues, item_values, taste
 from steerrec.profiles import Contrast, popularity_contrast, users_by_taste
 from steerrec.recommender import ItemHead
 

@@ -60,7 +60,9 @@ def test_every_latent_by_its_pre_activations(chunk):
 def test_point_biserial_is_pearsons_with_its_interval():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0.4, 1, 60), rng.normal(0, 2, 90)
-    moments = [torch.tensor([x], dtype=torch.float64) for x in (a.mean(), b.mean(), a.var(), b.var())]
+    moments = [
+        torch.tensor([x], dtype=torch.float64) for x in (a.mean(), b.mean(), a.var(), b.var())
+    ]
     found = [float(x) for x in point_biserial(*moments, 60, 90)]
     expected = scipy.stats.pearsonr(np.r_[a, b], np.r_[np.ones(60), np.zeros(90)])
     interval = expected.confidence_interval(0.95)

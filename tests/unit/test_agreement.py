@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
+from steerrec.agreement import attribution_study
 from steerrec.attribution import AttributionTable
-from steerrec.attribution_study import attribution_study
 from steerrec.errors import ArtifactError
 from steerrec.study_plot import plot_attribution_study
 
@@ -81,7 +81,7 @@ def test_reliability_and_a_least_activity():
     assert study.neurons == 50
     variance = given["causal_effect"].numpy()[10:60].var()
     assert study.reliability == pytest.approx(1 - 0.25 / variance)
-    with pytest.raises(ArtifactError, match="0 neurons .* in more than 50.00% of the users; exp"):
+    with pytest.raises(ArtifactError, match=r"0 neurons .* in more than 50\.00% of the users; exp"):
         attribution_study(given, least_active=0.5)
 
 
