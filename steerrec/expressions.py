@@ -27,7 +27,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_SHAPE = "names of recipes and tables, such as \"popularity*-0.8 + genres=Horror*0.3\""
+_SHAPE = 'names of recipes and tables, such as "popularity*-0.8 + genres=Horror*0.3"'
 _NEURON = re.compile(
     r"(?P<no>not\s+)?neuron:(?P<neuron>\d{1,9})(?:\s*>\s*(?P<above>\d+\.?\d*|\.\d+))?"
 )

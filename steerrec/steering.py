@@ -99,6 +99,7 @@ class Steering(Recipe):
         neurons: int | None = None,
         splice: Splice | None = None,
         popsteer_compat: bool = False,
+        by: str = "cohens_d",
     ) -> Steering:
         """The PopSteer rule (Ahmadov & Mansoury, arXiv 2508.17297).
 
@@ -120,6 +121,9 @@ class Steering(Recipe):
         popsteer_compat
             Do what the authors' published code does: the standard deviations of the two groups
             crossed, and the reconstruction in place of the vector.
+        by
+            Another column of the table in the place of d, `logit_attribution` say; the paper's rule
+            is by Cohen's d.
         """
         if popsteer_compat and splice == "delta":
             raise ValueError("popsteer_compat implies splice='reconstruct'; got 'delta'")
@@ -127,7 +131,7 @@ class Steering(Recipe):
             raise ArtifactError(
                 f"{neurons} neurons asked for; this SAE has {len(table)}, and at least 1 is needed"
             )
-        d = table["cohens_d"].double()
+        d = table.signed(by).double()
         size = d.abs()
         spread = (size.max() - size.min()).clamp_min(torch.finfo(torch.float64).tiny)
         weight = (size - size.min()) / spread
@@ -137,7 +141,7 @@ class Steering(Recipe):
         shift = torch.where(d > 0, -weight * std_a, weight * std_b) * (d != 0)
         if neurons is not None:
             chosen = torch.zeros(len(table), dtype=torch.bool)
-            chosen[table.strongest(neurons)] = True
+            chosen[table.strongest(neurons, by=by)] = True
             shift = shift * chosen
         return cls(
             shift=shift.float(),
@@ -149,6 +153,7 @@ class Steering(Recipe):
                 "contrast": table.contrast,
                 "neurons": len(table) if neurons is None else neurons,
                 "popsteer_compat": popsteer_compat,
+                **({} if by == "cohens_d" else {"by": by}),
             },
         )
 
