@@ -386,6 +386,16 @@ def not_on_hub(artifact: str, why: str) -> Exception:
     )
 
 
+def not_scored(site: Site, scored: Site, what: str) -> Exception:
+    """The error for an SAE that is not at the vector that the scores are computed from."""
+    from steerrec.errors import SiteError
+
+    return SiteError(
+        f"the SAE is at {site.name}, not at the scored vector ({scored.name}), which {what} needs; "
+        "attach one there"
+    )
+
+
 def warn_unless_conforming(rec: Recommender) -> None:
     """Say what is wrong with a recommender before anything is computed with it.
 

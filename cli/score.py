@@ -180,8 +180,8 @@ def score(
         titles = ["neuron", "Cohen's d", *extra, "AUROC", *_EFFECTS.values(), "group"]
         titles += [f"fires for {label[1]}", f"fires for {label[-1]}"]
         title = (
-            f"{table.name}: strongest of {len(table):,} neurons by {column}, {users:,} synthetic users a "
-            "group"
+            f"{table.name}: strongest of {len(table):,} neurons by {column}, {users:,} synthetic "
+            "users a group"
         )
         opt.print_table(title, titles, rows)
         if found is not None:

@@ -253,8 +253,7 @@ class _Reader:
             case "response":
                 return ResponseSteering(tensor("vectors"), tensor("constant"), **common)
             case "latents":
-                parts = (tensor(part) for part in ("gain", "low", "high"))
-                return LatentSteering(*parts, **common)
+                return LatentSteering(tensor("gain"), tensor("low"), tensor("high"), **common)
             case "sum":
                 terms = tuple(inner(term, str(i)) for i, term in enumerate(made["terms"]))
                 return SteeringSum(terms, **common)

@@ -74,9 +74,9 @@ def item_contrast(catalogue: Catalogue, text: str) -> Contrast:
     if len(parts) > 2:
         raise DataError(f"contrast {text!r} has more than two groups; expected {FORMS}")
     a = _group(catalogue, parts[0], text, "")
+    definition_b: Any = "all others"
     if len(parts) == 1:
-        group_b, label_b = ~a.rows & ~a.unknown, "others"
-        group_a, definition_b = a.rows, "all others"
+        group_a, group_b, label_b = a.rows, ~a.rows & ~a.unknown, "others"
     else:
         matched = _CONDITION.fullmatch(parts[0])
         b = _group(catalogue, parts[1], text, matched["column"] if matched else "")
@@ -153,7 +153,7 @@ def _column(catalogue: Catalogue, name: str) -> pl.Series:
     )
 
 
-def item_values(series: pl.Series) -> pl.DataFrame:
+def attribute_values(series: pl.Series) -> pl.DataFrame:
     """The values of an attribute, text, one a row with the item that it is of: `row`, `value`."""
     rows = pl.int_range(len(series), eager=True).alias("row")
     values = series.alias("value")
@@ -165,7 +165,7 @@ def item_values(series: pl.Series) -> pl.DataFrame:
 
 
 def _of_value(series: pl.Series, name: str, value: str) -> _Group:
-    values = item_values(series)
+    values = attribute_values(series)
     wanted = [part.strip() for part in value.split("|")]
     known = values["value"].unique().sort().to_list()
     folded = {other.casefold(): other for other in known}

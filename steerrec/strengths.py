@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.choosing import admissible, metric_of
-from steerrec.contrasts import item_contrast
+from steerrec.contrasts import contrast_name, item_contrast
 from steerrec.data import Catalogue, Split
 from steerrec.errors import DataError
 from steerrec.evaluation import capture_held_out, measure_lists, rank, rank_steered
@@ -156,7 +156,7 @@ def objective_of(text: str, catalogue: Catalogue, counts: Tensor) -> Objective:
         return group_shares(labels, torch.tensor([1 - wanted, wanted], dtype=torch.float64))
     prices = torch.where(labels == 1, -0.5, 0.5)
     return Objective(
-        f"share of {words}",
+        f"share-{contrast_name(words)}",
         lambda _: prices,
         lambda exposure: -float(exposure[labels == 1].sum() / exposure.sum()),
     )

@@ -133,7 +133,8 @@ def _is_one_kind(one: Recipe, other: Recipe) -> bool:
 
 def _merged(one: Recipe, other: Recipe) -> Recipe:
     def total(part: str) -> Tensor:
-        return one.alpha * getattr(one, part) + other.alpha * getattr(other, part)
+        whole: Tensor = one.alpha * getattr(one, part) + other.alpha * getattr(other, part)
+        return whole
 
     name, provenance = f"{one.name}-and-{other.name}"[:100], _sources(one, other)
     if isinstance(one, Steering):
