@@ -18,7 +18,7 @@ from steerrec.recipes import Recipe
 
 _TOKEN = re.compile(
     r"""\s*(?:
-        (?P<sign>[+-](?=\s))              # between terms
+        (?P<sign>[+-](?=\s|$))              # between terms
       | (?P<times>\*)
       | (?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?=[\s*]|$)
       | (?P<minus>-(?=["'A-Za-z_]))       # before a name
