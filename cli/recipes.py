@@ -155,3 +155,20 @@ def print_effects(found: list[dict[str, Any]]) -> None:
     ]
     columns = ["neuron", "of the change", "fires for", "promotes most"]
     opt.print_table("what the steering does, by neuron", columns, rows)
+
+
+def print_shares(column: str, found: dict[str, dict[str, float]]) -> None:
+    """Share of the list slots by value of an attribute, the largest change first."""
+    before, after = found["unsteered"], found["steered"]
+    order = sorted(before, key=lambda value: -abs(after[value] - before[value]))
+    rows = [
+        [
+            value,
+            f"{before[value]:.2%}",
+            f"{after[value]:.2%}",
+            opt.number(after[value] / before[value] if before[value] else None, ".2f"),
+        ]
+        for value in order
+    ]
+    title = f"share of the list slots by {column}"
+    opt.print_table(title, [column, "unsteered", "steered", "times"], rows)

@@ -93,6 +93,13 @@ def steer(
     save: Annotated[
         str | None, typer.Option("--save", help="Save what is steered by as a recipe in ARTIFACT.")
     ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            "--shares",
+            help="Share of the list slots of each value of an attribute, before and after.",
+        ),
+    ] = None,
     k: opt.K = 10,
     split: Annotated[
         SplitName,
@@ -141,7 +148,9 @@ def steer(
         learned,
         named_recipe,
         print_effects,
+        print_shares,
     )
+    from steerrec.contrasts import attribute_column
     from steerrec.contrasts import contrast_name as plain
     from steerrec.evaluation import (
         Which,
@@ -152,6 +161,7 @@ def steer(
         rank_steered,
     )
     from steerrec.operations import ResponseSteering
+    from steerrec.shares import slot_shares
     from steerrec.strengths import objective_of
 
     _check(output, sweep, alphas, force, splice, popsteer_compat)
@@ -185,6 +195,8 @@ def steer(
         artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     opt.check_k(k, rec)
+    if shares is not None:  # before anything is computed
+        attribute_column(opt.catalogue_for(rec, interactions), shares)
     here = opened.at(site)
     sae = here.sae.to(device)
     tuned: dict[str, Any] = {}
@@ -278,6 +290,12 @@ def steer(
         lists_of_few = rank(rec, users, k=k, mask_seen=mask_seen, transform=only.transform(sae))
         part = f"by {len(few)} neurons alone"
         results[part] = measure_lists(rec, users, lists_of_few, mask_seen=mask_seen)
+    if shares is not None:
+        catalogue = opt.catalogue_for(rec, interactions)
+        named_lists = {"unsteered": base, "steered": lists}
+        tuned["shares"] = {
+            name: slot_shares(found.ids, catalogue, shares) for name, found in named_lists.items()
+        }
     if save:
         opt.note(f"{save_steering(artifact, here.site, steering.named(save))} written")
     if output is not None:
@@ -289,6 +307,8 @@ def steer(
         opt.print_json({"alpha": steering.alpha, "recommendations": file, **found, **tuned})
     else:
         opt.print_evaluations(results)
+        if shares is not None:
+            print_shares(shares, tuned["shares"])
         if learn:
             print_effects(tuned["neurons"])
 

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.shares import slot_shares as slot_shares
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
@@ -165,6 +166,7 @@ _HOME = {
     "simulate": "data",
     "site_at": "layers",
     "site_report": "layers",
+    "slot_shares": "shares",
     "sweep": "tradeoff",
     "user_vectors": "recommender",
     "users_by_taste": "profiles",

@@ -136,13 +136,14 @@ def _group(catalogue: Catalogue, part: str, text: str, column: str) -> _Group:
     if matched is None or not (matched["column"] or column) or not matched["value"]:
         raise DataError(f"{part!r} in contrast {text!r} is no group of items; expected {FORMS}")
     name = matched["column"] or column
-    series = _column(catalogue, name)
+    series = attribute_column(catalogue, name)
     if matched["sign"] == "=":
         return _of_value(series, name, matched["value"])
     return _by_number(series, name, matched["sign"], matched["value"])
 
 
-def _column(catalogue: Catalogue, name: str) -> pl.Series:
+def attribute_column(catalogue: Catalogue, name: str) -> pl.Series:
+    """A column of the catalogue; DataError, with the nearest names, if there is none."""
     columns = [column for column in catalogue.frame.columns if column != "row"]
     if name in columns:
         return catalogue.frame[name]

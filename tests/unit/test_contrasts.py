@@ -3,10 +3,12 @@
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from steerrec.contrasts import contrast_name, item_contrast, with_attributes
 from steerrec.data import Catalogue, DataWarning, read_interactions
 from steerrec.errors import DataError
+from steerrec.shares import slot_shares
 from steerrec.untrusted import plain_name
 
 
@@ -153,3 +155,12 @@ def test_attributes_that_only_the_data_has(tmp_path):
     assert np.array_equal(found.counts, model.counts)
     assert item_contrast(found, "genres=A").group_a.tolist() == [1]
     assert with_attributes(found, data) is found
+
+
+def test_shares_of_list_slots_by_hand(catalogue):
+    ids = torch.tensor([[0, 1], [1, 4], [2, -1]])  # five slots
+    found = slot_shares(ids, catalogue, "genres")
+    assert found == {"Comedy": 3 / 5, "Horror": 3 / 5, "Sci-Fi": 1 / 5}
+    assert slot_shares(ids, catalogue, "tags")["y"] == 3 / 5
+    with pytest.raises(DataError, match="no column 'genre'; there are genres"):
+        slot_shares(ids, catalogue, "genre")
