@@ -25,7 +25,7 @@ def evaluate(
     k: opt.K = 10,
     split: Annotated[SplitName, typer.Option("--split", help="Held-out part.")] = SplitName.test,
     mask_seen: opt.MaskSeen = False,
-    users: opt.Users = None,
+    max_users: opt.MaxUsers = None,
     seed: opt.Seed = 0,
     item_dtype: eng.ItemDtypeOption = eng.ItemDtypeName.float32,
     device: opt.Device = "cpu",
@@ -57,7 +57,7 @@ def evaluate(
     opt.check_k(k, rec)
     opt.warn_unless_conforming(rec)
     held_out = capture_held_out(
-        rec, opt.split_for(rec, interactions), split.value, max_users=users, seed=seed
+        rec, opt.split_for(rec, interactions), split.value, max_users=max_users, seed=seed
     )
     compacted = with_item_dtype(rec, item_dtype.value)
     error = eng.error_of(rec, compacted, item_dtype, held_out.vectors, k)

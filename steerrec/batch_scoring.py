@@ -30,6 +30,7 @@ from steerrec.data.history_files import Slice, read_slice, slices
 from steerrec.engines import Engine, LocalEngine, Spec, peak_bytes
 from steerrec.errors import ArtifactError, DataError, StorageError
 from steerrec.evaluation import Evaluation, steered
+from steerrec.expressions import named_recipe
 from steerrec.files import atomic_file, write_json
 from steerrec.item_dtypes import ItemDtype, compact
 from steerrec.loading import holds_no_items, load_recommender
@@ -39,7 +40,7 @@ from steerrec.ranking import TopK, top_k
 from steerrec.recipes import Recipe
 from steerrec.recommendations import recommendation_frame
 from steerrec.recommender import Recommender, columns_read, fingerprint
-from steerrec.steering import Steering, SteerTransform
+from steerrec.steering import SteerTransform
 
 BLOCK_USERS = 16_384
 """Users in a block by default: what an interruption can cost, and what a worker holds at once."""
@@ -67,7 +68,7 @@ class ScoringSpec:
     strict
         Whether another model than the one that the artifact was made for is an error.
     recipe
-        Recipe of the artifact; None for the PopSteer rule with `contrast`, `neurons`, `splice`
+        Recipe of the artifact, or an expression of several (`steerrec.expressions`); None for the PopSteer rule with `contrast`, `neurons`, `splice`
         and `popsteer_compat`.
     alpha
         Strength; the recipe's own if None.
@@ -138,16 +139,14 @@ class Scorer:
         artifact.check(rec, strict=spec.strict)
         self.rec: Recommender = rec
         self.site, self.sae = here.site, here.sae.to(spec.device)
-        self.steering: Recipe
-        if spec.recipe is not None:
-            self.steering = here.recipe(spec.recipe)
-        else:
-            self.steering = Steering.popsteer(
-                here.table(spec.contrast),
-                neurons=spec.neurons,
-                splice=spec.splice,
-                popsteer_compat=spec.popsteer_compat,
-            )
+        self.steering: Recipe = named_recipe(
+            here,
+            spec.recipe,
+            spec.contrast,
+            neurons=spec.neurons,
+            splice=spec.splice,
+            popsteer_compat=spec.popsteer_compat,
+        )
         if spec.alpha is not None:
             self.steering = self.steering.with_alpha(spec.alpha)
         self.transform = SteerTransform(self.sae, self.steering)

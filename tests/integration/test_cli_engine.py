@@ -70,7 +70,7 @@ def test_a_folder_with_something_else_is_left_alone(cli, world, tmp_path):
 
 
 def test_items_in_int8_on_a_sample_of_users(cli, world):
-    options = ("--data", world.data, "--users", 40, "--seed", 3, "--item-dtype", "int8")
+    options = ("--data", world.data, "--max-users", 40, "--seed", 3, "--item-dtype", "int8")
     found = cli("evaluate", world.model, *options, "--json").json
     assert found["protocol"]["item_dtype"] == "int8"
     assert found["protocol"]["users"] == 40
@@ -85,7 +85,7 @@ def test_items_in_int8_on_a_sample_of_users(cli, world):
 
 
 def test_comparing_on_a_sample_says_so(cli, world, tmp_path):
-    options = ("--methods", "popsteer,logit-adjustment", "--bootstrap", 5, "--users", 50)
+    options = ("--methods", "popsteer,logit-adjustment", "--bootstrap", 5, "--max-users", 50)
     found = cli("compare", *world.steer[1:], "-o", tmp_path, *options, "--json").json
     assert found["protocol"]["users"] == {"valid": 50, "test": 50}
     assert found["protocol"]["sample"]["seed"] == 0
