@@ -68,8 +68,8 @@ class ScoringSpec:
     strict
         Whether another model than the one that the artifact was made for is an error.
     recipe
-        Recipe of the artifact, or an expression of several (`steerrec.expressions`); None for the PopSteer rule with `contrast`, `neurons`, `splice`
-        and `popsteer_compat`.
+        Recipe of the artifact, or an expression of several (`steerrec.expressions`); None for the
+        PopSteer rule with `contrast`, `neurons`, `splice` and `popsteer_compat`.
     alpha
         Strength; the recipe's own if None.
     k, mask_seen
@@ -128,7 +128,7 @@ class Scorer:
 
     def __init__(self, spec: ScoringSpec, rec: Recommender | None = None) -> None:
         self.spec = spec
-        hub = {} if spec.revision is None else {"revision": spec.revision}
+        hub: dict[str, Any] = {} if spec.revision is None else {"revision": spec.revision}
         artifact = load_artifact(spec.artifact, **hub)
         here = artifact.at(spec.site)
         if rec is None:
