@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ class RayEngine:
         if not blocks:
             return
         ray = _imported()
-        with self._cluster(ray):
+        with redirect_stdout(sys.stderr), self._cluster(ray):  # what Ray prints of dead workers
             cpus = int(ray.cluster_resources().get("CPU", 0))
             workers = min(self.workers or max(1, cpus // self.threads), len(blocks))
             if cpus < self.threads:
