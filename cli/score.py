@@ -56,6 +56,15 @@ def score(
             "does. Implies --causal all.",
         ),
     ] = None,
+    least_active: Annotated[
+        float,
+        typer.Option(
+            "--least-active",
+            min=0,
+            max=1,
+            help="Only neurons active in more than this share of users are in the study.",
+        ),
+    ] = 0.0,
     k: opt.K = 10,
     mask_seen: opt.MaskSeen = False,
     site: opt.SiteName = None,
@@ -141,7 +150,7 @@ def score(
         )
     by = by or table.ranking
     table.signed(by)  # an unknown column is an error before anything is written
-    found = None if study is None else attribution_study(table)
+    found = None if study is None else attribution_study(table, least_active=least_active)
     described = None
     if here.site == rec.site:
         described = table_in_words(table, here.sae, rec, by=by)
