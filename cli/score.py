@@ -174,19 +174,20 @@ def score(
         opt.print_json({**shown, "top": _strongest(table, top, by), **told})
         return
     label = {1: table.contrast["group_a"]["label"], -1: table.contrast["group_b"]["label"]}
+    effects = {name: title for name, title in _EFFECTS.items() if name in table.columns}
     extra = [by] if by not in _SHOWN else []
     rows = [
         [
             str(row["neuron"]),
             f"{row['cohens_d']:+.2f} ± {row['cohens_d_se']:.2f}",
-            *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *_EFFECTS)),
+            *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *effects)),
             label[1 if table.signed(by)[int(row["neuron"])] > 0 else -1],
             f"{row['firing_rate_a']:.1%}",
             f"{row['firing_rate_b']:.1%}",
         ]
         for row in _strongest(table, top, by)
     ]
-    titles = ["neuron", "Cohen's d", *extra, "AUROC", *_EFFECTS.values(), "group"]
+    titles = ["neuron", "Cohen's d", *extra, "AUROC", *effects.values(), "group"]
     titles += [f"fires for {label[1]}", f"fires for {label[-1]}"]
     title = (
         f"{contrast}: strongest of {len(table):,} neurons by {by}, {users:,} synthetic users a "

@@ -204,7 +204,7 @@ class LatentSteering(Recipe):
     def from_column(
         cls, table: AttributionTable, *, by: str = "logit_attribution", strength: float = 1.0
     ) -> LatentSteering:
-        """Active latents scaled down the more they carry group A: ``gain_j = exp(-strength * v_j)``.
+        """Active latents scaled down the more they carry A: ``gain_j = exp(-strength * v_j)``.
 
         Those that carry B are scaled up, and latents that are not active stay so. Not linear in
         strength: make a recipe for each.

@@ -61,8 +61,8 @@ def plot_attribution_study(
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
     where = f" active in over {study.least_active:.1%} of users" if study.least_active else ""
     subtitle = (
-        f"{study.neurons:,} neurons{where}, each switched off alone; Spearman's rank correlation with "
-        f"{study.target}, 95 % interval over neurons"
+        f"{study.neurons:,} neurons{where}, each switched off alone; Spearman's rank correlation "
+        f"with {study.target}, 95 % interval over neurons"
     )
     height = figure.get_figheight()
     figure.text(0.01, 1 - 0.42 / height, subtitle, fontsize=9.5, color="#555b64")
