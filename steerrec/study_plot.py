@@ -41,7 +41,7 @@ def plot_attribution_study(
     figure = Figure(figsize=(13.5, 3.4 + 3.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 1, height_ratios=[2.6, 3.0 * down])
-    upper, lower = (figure.add_subfigure(cell) for cell in grid)
+    upper, lower = (figure.add_subfigure(grid[row]) for row in (0, 1))
     _draw_intervals(upper.subplots(), study)
     panels = lower.subplots(down, across, squeeze=False).flatten().tolist()
     usable = comparable(table, study.least_active)
