@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,9 +21,7 @@ def score(
     artifact: opt.ArtifactArgument,
     data: opt.DataOption,
     model: opt.ModelOption = None,
-    contrast: Annotated[
-        str, typer.Option("--contrast", help="What to look for: popularity.")
-    ] = "popularity",
+    contrasts: opt.Contrasts = None,
     users: Annotated[
         int, typer.Option("--users", min=2, help="Synthetic users of each group.")
     ] = 8192,
@@ -92,13 +90,9 @@ def score(
     from steerrec.attribution import score_neurons
     from steerrec.attribution_columns import add_columns, checked_columns
     from steerrec.card import NEURONS
-    from steerrec.errors import DataError
+    from steerrec.contrasts import item_contrast
     from steerrec.explaining import table_in_words
-    from steerrec.profiles import popularity_contrast
     from steerrec.recommender import fingerprint
-
-    if contrast != "popularity":
-        raise DataError(f"unknown contrast {contrast!r}; expected popularity")
 
     neurons = _count(causal)
     if study is not None:
@@ -130,72 +124,80 @@ def score(
     if causal is not None:
         wanted.append("causal_effect")
     split = opt.split_for(rec, interactions)
-    sae, groups = here.sae.to(device), popularity_contrast(rec.catalogue)
-    table = score_neurons(rec, sae, groups, split.train, site=here.site, users=users, seed=seed)
-    if wanted:
-        table = add_columns(
-            table,
-            rec,
-            sae,
-            groups,
-            split.train,
-            columns=wanted,
-            site=here.site,
-            users=users,
-            causal_users=causal_users,
-            neurons=neurons,
-            k=k,
-            mask_seen=mask_seen,
-            seed=seed,
-        )
-    by = by or table.ranking
-    table.signed(by)  # an unknown column is an error before anything is written
-    found = None if study is None else attribution_study(table, least_active=least_active)
-    described = None
-    if here.site == rec.site:
-        described = table_in_words(table, here.sae, rec, by=by)
-    if not strict:
-        table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
-    if output is None:
-        file = str(save_table(artifact, here.site, table))
-        if described is not None:
-            save_result(artifact, here.site, f"{NEURONS}{table.name}", described)
-    else:
-        here.tables[table.name] = table
-        if described is not None:
-            here.results[f"{NEURONS}{table.name}"] = described
-        opened.save(output)
-        file = str(output)
-    if study is not None and found is not None:
-        _write_study(table, found, study)
-    if json_output:
-        shown = {"table": file, "contrast": table.contrast, "by": by}
-        told = {} if found is None else {"study": found.to_dict()}
-        opt.print_json({**shown, "top": _strongest(table, top, by), **told})
-        return
-    label = {1: table.contrast["group_a"]["label"], -1: table.contrast["group_b"]["label"]}
-    effects = {name: title for name, title in _EFFECTS.items() if name in table.columns}
-    extra = [by] if by not in _SHOWN else []
-    rows = [
-        [
-            str(row["neuron"]),
-            f"{row['cohens_d']:+.2f} ± {row['cohens_d_se']:.2f}",
-            *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *effects)),
-            label[1 if table.signed(by)[int(row["neuron"])] > 0 else -1],
-            f"{row['firing_rate_a']:.1%}",
-            f"{row['firing_rate_b']:.1%}",
+    sae, catalogue = here.sae.to(device), opt.catalogue_for(rec, interactions)
+    # every contrast is understood before the first is scored
+    asked = [item_contrast(catalogue, text) for text in contrasts or ["popularity"]]
+    if study is not None and len(asked) > 1:
+        raise typer.BadParameter("--study is of one contrast")
+    documents: list[dict[str, Any]] = []
+    for groups in asked:
+        table = score_neurons(rec, sae, groups, split.train, site=here.site, users=users, seed=seed)
+        if wanted:
+            table = add_columns(
+                table,
+                rec,
+                sae,
+                groups,
+                split.train,
+                columns=wanted,
+                site=here.site,
+                users=users,
+                causal_users=causal_users,
+                neurons=neurons,
+                k=k,
+                mask_seen=mask_seen,
+                seed=seed,
+            )
+        column = by or table.ranking
+        table.signed(column)  # an unknown column is an error before anything is written
+        found = None if study is None else attribution_study(table, least_active=least_active)
+        described = None
+        if here.site == rec.site:
+            described = table_in_words(table, here.sae, rec, by=column)
+        if not strict:
+            table.provenance["model_sha256"] = fingerprint(rec)["model_sha256"]
+        if output is None:
+            file = str(save_table(artifact, here.site, table))
+            if described is not None:
+                save_result(artifact, here.site, f"{NEURONS}{table.name}", described)
+        else:
+            here.tables[table.name] = table
+            if described is not None:
+                here.results[f"{NEURONS}{table.name}"] = described
+            opened.save(output)  # after each: what is done is not lost
+            file = str(output)
+        if study is not None and found is not None:
+            _write_study(table, found, study)
+        if json_output:
+            shown = {"table": file, "contrast": table.contrast, "by": column}
+            told = {} if found is None else {"study": found.to_dict()}
+            documents.append({**shown, "top": _strongest(table, top, column), **told})
+            continue
+        label = {1: table.contrast["group_a"]["label"], -1: table.contrast["group_b"]["label"]}
+        effects = {name: title for name, title in _EFFECTS.items() if name in table.columns}
+        extra = [column] if column not in _SHOWN else []
+        rows = [
+            [
+                str(row["neuron"]),
+                f"{row['cohens_d']:+.2f} ± {row['cohens_d_se']:.2f}",
+                *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *effects)),
+                label[1 if table.signed(column)[int(row["neuron"])] > 0 else -1],
+                f"{row['firing_rate_a']:.1%}",
+                f"{row['firing_rate_b']:.1%}",
+            ]
+            for row in _strongest(table, top, column)
         ]
-        for row in _strongest(table, top, by)
-    ]
-    titles = ["neuron", "Cohen's d", *extra, "AUROC", *effects.values(), "group"]
-    titles += [f"fires for {label[1]}", f"fires for {label[-1]}"]
-    title = (
-        f"{contrast}: strongest of {len(table):,} neurons by {by}, {users:,} synthetic users a "
-        "group"
-    )
-    opt.print_table(title, titles, rows)
-    if found is not None:
-        _print_study(found)
+        titles = ["neuron", "Cohen's d", *extra, "AUROC", *effects.values(), "group"]
+        titles += [f"fires for {label[1]}", f"fires for {label[-1]}"]
+        title = (
+            f"{table.name}: strongest of {len(table):,} neurons by {column}, {users:,} synthetic "
+            "users a group"
+        )
+        opt.print_table(title, titles, rows)
+        if found is not None:
+            _print_study(found)
+    if json_output:
+        opt.print_json(documents[0] if len(asked) == 1 else {"tables": documents})
 
 
 _EFFECTS = {

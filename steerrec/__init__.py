@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from steerrec.comparison_plots import plot_who_loses as plot_who_loses
     from steerrec.comparison_results import Comparison as Comparison
     from steerrec.conformance import check_conformance as check_conformance
+    from steerrec.contrasts import item_contrast as item_contrast
     from steerrec.data import Catalogue as Catalogue
     from steerrec.data import Histories as Histories
     from steerrec.data import build_histories as build_histories
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.expressions import recipe_of as recipe_of
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
     from steerrec.gates import TasteGate as TasteGate
@@ -57,12 +59,12 @@ if TYPE_CHECKING:
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
-    from steerrec.operations import SteeringSum as SteeringSum
     from steerrec.profiles import Contrast as Contrast
     from steerrec.profiles import popularity_contrast as popularity_contrast
     from steerrec.profiles import users_by_taste as users_by_taste
     from steerrec.pulling import pull as pull
     from steerrec.pushing import push as push
+    from steerrec.quantiles import latent_quantiles as latent_quantiles
     from steerrec.recipes import Recipe as Recipe
     from steerrec.recommender import ItemHead as ItemHead
     from steerrec.recommender import Recommender as Recommender
@@ -72,13 +74,17 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.shares import slot_shares as slot_shares
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
+    from steerrec.strengths import ChosenStrength as ChosenStrength
+    from steerrec.strengths import choose_strength as choose_strength
     from steerrec.study_plot import plot_attribution_study as plot_attribution_study
+    from steerrec.sums import SteeringSum as SteeringSum
     from steerrec.tradeoff import Sweep as Sweep
     from steerrec.tradeoff import sweep as sweep
     from steerrec.training import SAETraining as SAETraining
@@ -94,6 +100,7 @@ _HOME = {
     "AttributionTable": "attribution",
     "Candidates": "rerank",
     "Catalogue": "data",
+    "ChosenStrength": "strengths",
     "Comparison": "comparison_results",
     "Contrast": "profiles",
     "GatedSteering": "gates",
@@ -111,7 +118,7 @@ _HOME = {
     "SparseAutoencoder": "autoencoder",
     "SteerTransform": "steering",
     "Steering": "steering",
-    "SteeringSum": "operations",
+    "SteeringSum": "sums",
     "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
@@ -125,6 +132,7 @@ _HOME = {
     "capture": "capturing",
     "causal_effects": "causal",
     "check_conformance": "conformance",
+    "choose_strength": "strengths",
     "compare": "comparison",
     "edit": "hooks",
     "evaluate": "evaluation",
@@ -134,6 +142,8 @@ _HOME = {
     "gather_candidates": "rerank",
     "grad_attribution": "effects",
     "import_sae": "importing",
+    "item_contrast": "contrasts",
+    "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
     "learn_steering": "learning",
@@ -150,6 +160,7 @@ _HOME = {
     "pull": "pulling",
     "push": "pushing",
     "read_interactions": "data",
+    "recipe_of": "expressions",
     "recommend": "evaluation",
     "reranker": "rerank",
     "score_groups": "attribution",
@@ -157,6 +168,7 @@ _HOME = {
     "simulate": "data",
     "site_at": "layers",
     "site_report": "layers",
+    "slot_shares": "shares",
     "sweep": "tradeoff",
     "user_vectors": "recommender",
     "users_by_taste": "profiles",
