@@ -1,6 +1,6 @@
 """Fitting a sparse autoencoder to captured activations: loop, exact resume, report.
 
-What a step computes, by architecture, is in `sae_steps`.
+What a step computes is in `sae_steps`, which latents are active in it in `sae_rules`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from steerrec.errors import TrainingError
 from steerrec.moments import RunningMoments
 from steerrec.progress import track
 from steerrec.recommender import Recommender
-from steerrec.sae_steps import JumpReLU, rule_of, step
+from steerrec.sae_rules import JumpReLU, rule_of
+from steerrec.sae_steps import step
 from steerrec.sites import Site
 from steerrec.thresholds import largest_so_far
 from steerrec.warm_start import check_size, digest, normalised, recentre
