@@ -18,6 +18,9 @@ from steerrec.selection import largest
 from steerrec.thresholds import largest_so_far
 
 
+_FALL = 0.01
+
+
 class Entries(NamedTuple):
     """Pre-activations of a batch that matter to a step, row after row.
 
@@ -69,6 +72,9 @@ class Rule:
     def give_gradients(self, found: Entries, rows: int, to_latents: Tensor) -> None:
         """Gradients of `parameters`, given those of the latents of all entries [N]."""
 
+    def after_step(self, dead: Tensor) -> None:
+        """What is done once the optimiser has made its step, [D] latents being dead."""
+
 
 class BatchTopK(Rule):
     """The largest pre-activations of a whole batch, k times its rows (Bussmann et al. 2024)."""
@@ -105,7 +111,8 @@ class BatchTopK(Rule):
 class JumpReLU(Rule):
     """What is above a threshold of its latent, which is learned (Rajamanoharan et al. 2024).
 
-    Thresholds get pseudo-gradients from pre-activations within half a bandwidth of them, and
+    A dead latent gets no gradient: its threshold falls by a hundredth a step until it fires. Other
+    thresholds get pseudo-gradients from pre-activations within half a bandwidth of them, and
     ``weight * (L0 / k - 1)^2`` is added to the loss, so that k latents are active on average.
 
     Parameters
@@ -158,7 +165,7 @@ class JumpReLU(Rule):
     def latents(self, values: Tensor, columns: Tensor) -> Tensor:
         """Values above their thresholds, else 0."""
         thresholds = self.log_threshold.exp()[columns]
-        jumped: Tensor = _Jump.apply(values, thresholds, self.bandwidth)  # type: ignore[no-untyped-call]
+        jumped: Tensor = _Jump.apply(values, thresholds, self.bandwidth)
         return jumped
 
     @torch.no_grad()
@@ -169,7 +176,7 @@ class JumpReLU(Rule):
     def penalty(self, values: Tensor, columns: Tensor, rows: int) -> Tensor:
         """How far the mean number of active latents is from k."""
         thresholds = self.log_threshold.exp()[columns]
-        steps: Tensor = _Step.apply(values, thresholds, self.bandwidth)  # type: ignore[no-untyped-call]
+        steps: Tensor = _Step.apply(values, thresholds, self.bandwidth)
         return self.weight * (steps.sum() / (rows * self.k) - 1).square()
 
     @torch.no_grad()
@@ -184,6 +191,11 @@ class JumpReLU(Rule):
         slope = to_latents[inside] * here[inside] + 2 * self.weight * excess / (rows * self.k)
         total = torch.bincount(columns, slope.double(), minlength=len(threshold))
         self.log_threshold.grad = (-total / self.bandwidth).to(threshold)
+
+    @torch.no_grad()
+    def after_step(self, dead: Tensor) -> None:
+        """Lower the thresholds of dead latents."""
+        self.log_threshold[dead] -= _FALL
 
 
 class _Jump(torch.autograd.Function):

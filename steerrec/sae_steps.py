@@ -125,7 +125,7 @@ def by_torch(
         loss = loss + penalty
     for parameter in (*sae.parameters(), *rule.parameters()):
         parameter.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return fvu.detach()
 
 

@@ -289,16 +289,18 @@ class _Run:
     def step(self, x: Tensor) -> Tensor:
         """One optimiser step on a batch; returns its FVU."""
         sae, training = self.sae, self.training
+        dead = self.dead
         fvu, fired = step(
             sae,
             self.rule,
             x,
-            self.dead,
+            dead,
             aux_k=training.aux_k,
             aux_weight=training.aux_weight,
         )
         _project_decoder_gradient(sae)
         self.optimizer.step()
+        self.rule.after_step(dead)
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
             self.rows_since_fired += len(x)
