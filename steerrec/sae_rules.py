@@ -17,7 +17,6 @@ from steerrec.compiled import as_arrays, jump_kernels
 from steerrec.selection import largest
 from steerrec.thresholds import largest_so_far
 
-
 _FALL = 0.01
 
 
