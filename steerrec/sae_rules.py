@@ -6,6 +6,7 @@ of them is in `sae_steps`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,7 +165,7 @@ class JumpReLU(Rule):
     def latents(self, values: Tensor, columns: Tensor) -> Tensor:
         """Values above their thresholds, else 0."""
         thresholds = self.log_threshold.exp()[columns]
-        jumped: Tensor = _Jump.apply(values, thresholds, self.bandwidth)
+        jumped: Tensor = _JUMP(values, thresholds, self.bandwidth)
         return jumped
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ class JumpReLU(Rule):
     def penalty(self, values: Tensor, columns: Tensor, rows: int) -> Tensor:
         """How far the mean number of active latents is from k."""
         thresholds = self.log_threshold.exp()[columns]
-        steps: Tensor = _Step.apply(values, thresholds, self.bandwidth)
+        steps: Tensor = _STEP(values, thresholds, self.bandwidth)
         return self.weight * (steps.sum() / (rows * self.k) - 1).square()
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class _Jump(torch.autograd.Function):
         return values * (values > thresholds)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         values, thresholds = ctx.saved_tensors
         inside = (values - thresholds).abs() < ctx.share / 2 * thresholds
         return grad * (values > thresholds), -grad * inside / ctx.share, None
@@ -223,10 +224,14 @@ class _Step(torch.autograd.Function):
         return (values > thresholds).to(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         values, thresholds = ctx.saved_tensors
         inside = (values - thresholds).abs() < ctx.share / 2 * thresholds
         return None, -grad * inside / (ctx.share * thresholds), None
+
+
+_JUMP: Callable[..., Tensor] = _Jump.apply
+_STEP: Callable[..., Tensor] = _Step.apply
 
 
 def rule_of(
