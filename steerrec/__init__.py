@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from steerrec.data import leave_one_out as leave_one_out
     from steerrec.data import read_interactions as read_interactions
     from steerrec.data import simulate as simulate
+    from steerrec.describing import describe_neuron as describe_neuron
+    from steerrec.describing import describe_neurons as describe_neurons
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from steerrec.learning import SteeringTraining as SteeringTraining
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.neurons import NeuronDescription as NeuronDescription
+    from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
     from steerrec.operations import SteeringSum as SteeringSum
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
     from steerrec.report import plot_ablations as plot_ablations
     from steerrec.report import plot_frontiers as plot_frontiers
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.report_page import write_report as write_report
+    from steerrec.reporting import report_data as report_data
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
+    from steerrec.steered_users import describe_users as describe_users
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
     from steerrec.tradeoff import Sweep as Sweep
@@ -92,6 +99,8 @@ _HOME = {
     "ItemHead": "recommender",
     "LatentSteering": "operations",
     "Lengths": "sites",
+    "NeuronDescription": "neurons",
+    "NeuronDescriptions": "neurons",
     "NeuronGate": "gates",
     "RealMask": "sites",
     "Recipe": "recipes",
@@ -114,6 +123,9 @@ _HOME = {
     "capture": "capturing",
     "check_conformance": "conformance",
     "compare": "comparison",
+    "describe_neuron": "describing",
+    "describe_neurons": "describing",
+    "describe_users": "steered_users",
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
@@ -135,6 +147,7 @@ _HOME = {
     "push": "pushing",
     "read_interactions": "data",
     "recommend": "evaluation",
+    "report_data": "reporting",
     "reranker": "rerank",
     "score_groups": "attribution",
     "score_neurons": "attribution",
@@ -145,6 +158,7 @@ _HOME = {
     "user_vectors": "recommender",
     "users_by_taste": "profiles",
     "wrap": "wrapping",
+    "write_report": "report_page",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -50,7 +50,9 @@ class ItemAttributes:
         """How many of the attributes are the data's own: those before the popularity groups."""
         return len(self.names) - len(GROUP_WORDS)
 
-    def count(self, rows: NDArray[np.int64], owners: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    def count(
+        self, rows: NDArray[np.int64], owners: NDArray[np.int64], n: int
+    ) -> NDArray[np.int64]:
         """How many items each of n owners has of each attribute, int64 [n, V].
 
         Parameters
@@ -110,7 +112,7 @@ def _values(frame: pl.DataFrame, column: str) -> pl.DataFrame | None:
         pairs = pairs.explode("name")
     pairs = pairs.drop_nulls()
     distinct = pairs["name"].n_unique()
-    if pairs.is_empty() or distinct < 2 and dtype != pl.Boolean:
+    if pairs.is_empty() or (distinct < 2 and dtype != pl.Boolean):
         return None
     if dtype == pl.Boolean:
         pairs = pairs.filter(pl.col("name")).with_columns(name=pl.lit(column))

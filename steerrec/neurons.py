@@ -20,6 +20,8 @@ from steerrec.errors import ArtifactError
 
 Evidence = Literal["both", "items", "histories", "none"]
 
+_RANKING = ("grad_attribution", "cohens_d")
+_NEUTRAL = {"auroc": 0.5}
 LONGEST_TITLE = 120
 _SHOWN_ATTRIBUTES = 6
 
@@ -340,13 +342,27 @@ class NeuronDescriptions:
             similar=tuple(SimilarNeuron(int(other), cosine) for other, cosine in similar),
         )
 
-    def strongest(self, n: int, by: str = "cohens_d") -> list[int]:
-        """The n neurons with the largest absolute value in a column of the table."""
+    @property
+    def ranking(self) -> str:
+        """The column that neurons are ranked by unless another is named."""
+        return next(column for column in _RANKING if column in self.columns)
+
+    def strongest(self, n: int, by: str | None = None) -> list[int]:
+        """The n neurons that are farthest from neutral in a column of the table.
+
+        Parameters
+        ----------
+        n
+            How many.
+        by
+            A column; by default `ranking`.
+        """
+        by = by or self.ranking
         if by not in self.columns:
             raise ArtifactError(f"no column {by!r}; expected one of {', '.join(self.columns)}")
-        order = self.columns[by].abs().sort(descending=True, stable=True).indices
-        found: list[int] = order[:n].tolist()
-        return found
+        values = self.columns[by] - _NEUTRAL.get(by, 0.0)
+        order: list[int] = values.abs().sort(descending=True, stable=True).indices[:n].tolist()
+        return order
 
     def attributes(self, neuron: int, of: str) -> tuple[AttributeNote, ...]:
         """What the items that a neuron `raises`, or that `fired` it, have in common."""
