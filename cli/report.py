@@ -24,6 +24,7 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The page, an HTML file.")] = Path(
         "report.html"
     ),
+    title: Annotated[str | None, typer.Option("--title", help="What the page is called.")] = None,
     contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
     users: Annotated[int, typer.Option("--users", min=0, help="Real users to show.")] = 12,
     k: opt.K = 10,
@@ -47,7 +48,7 @@ def report(
     measured if ARTIFACT holds none (`steer --sweep`; -k and --mask-seen are for this). What
     `compare` recorded there is on the page too.
     """
-    from steerrec.report_page import write_report
+    from steerrec.report_page import TITLE, write_report
     from steerrec.reporting import report_data
 
     opt.refuse_existing(output, force)
@@ -83,7 +84,7 @@ def report(
     )
     if gathered.sweep is not here.results.get("sweep") and "sweep" not in here.results:
         opt.record_result(artifact, here.site, "sweep", dict(gathered.sweep))
-    write_report(gathered, output)
+    write_report(gathered, output, title=title or TITLE)
     opt.note(f"{output} written, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -91,8 +92,8 @@ def name_of(repo_id: str | None, model: str | None) -> str:
     """What the base model is called: its id on the Hub, or the name of its folder or file."""
     if model is None or repo_id:
         return str(repo_id)
-    name = model.partition(",")[0].rpartition(":")[2]
-    return Path(name).name or model
+    path = Path(model.partition(",")[0].rpartition(":")[2])
+    return "/".join(path.parts[-2:]) if path.name == "model" else path.name or model
 
 
 def descriptions(

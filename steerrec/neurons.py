@@ -21,6 +21,7 @@ from steerrec.errors import ArtifactError
 Evidence = Literal["both", "items", "histories", "none"]
 
 _RANKING = ("grad_attribution", "cohens_d")
+_TELLING = 1.5  # times as often as in the population, for a label to say it
 _NEUTRAL = {"auroc": 0.5}
 LONGEST_TITLE = 120
 _SHOWN_ATTRIBUTES = 6
@@ -388,8 +389,10 @@ class NeuronDescriptions:
     def _label(self, neuron: int) -> tuple[str, Evidence]:
         if float(self.facts.firing_rate[neuron]) == 0:
             return "never fires on real histories", "none"
-        raised = [note.name for note in self.attributes(neuron, "raises")]
-        fired = [note.name for note in self.attributes(neuron, "fired")]
+        raised, fired = (
+            [note.name for note in self.attributes(neuron, of) if note.ratio >= _TELLING]
+            for of in ("raises", "fired")
+        )
         shared = [name for name in raised if name in fired]
         ranked = shared + [name for name in raised or fired if name not in shared]
         words = [name for name in ranked if name not in GROUP_WORDS][:2]
@@ -405,18 +408,20 @@ class NeuronDescriptions:
         )
         if words:
             return " · ".join(filter(None, [popularity, ", ".join(words)])), evidence
-        titles = [one_line(self.items.note(row).title, 40) for row in self._telling(neuron)]
+        telling = self._telling(neuron, "histories" if evidence == "histories" else "items")
+        titles = [one_line(self.items.note(row).title, 40) for row in telling]
         examples = " / ".join(titles) or "no items known"
         if popularity:
             return f"{popularity} items, such as {examples}", evidence
         if evidence == "both":
             return examples, evidence
-        return f"unclear, such as {examples}", "none"
+        return f"unclear: {examples}", "none"
 
-    def _telling(self, neuron: int) -> list[int]:
+    def _telling(self, neuron: int, by: str) -> list[int]:
         """Two items that stand for a neuron: those that it raises most, or that fire it most."""
-        rows = self.facts.raises[neuron].tolist()[:2]
-        return rows or [row for row in self.facts.fired_by[neuron, :2, -1].tolist() if row >= 0]
+        rows = [] if by == "histories" else self.facts.raises[neuron].tolist()[:2]
+        last = self.facts.fired_by[neuron, :, -1].tolist()
+        return rows or list(dict.fromkeys(row for row in last if row >= 0))[:2]
 
     def _takes_again(self, neuron: int) -> bool:
         """Whether it raises what the histories that fire it hold."""

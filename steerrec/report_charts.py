@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 WIDTH, HEIGHT = 420, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 12, 44
 _NAMED = 6  # methods with a colour of their own; the others are thin and grey
 _LOWEST = 0.88  # share of the base nDCG that the picture goes down to
 
@@ -90,7 +90,9 @@ class _Axes:
 def lorenz_chart(items: Sequence[float], before: Sequence[float], after: Sequence[float]) -> Chart:
     """Share of list slots that the least listed items hold, before and after."""
     axes = _Axes((0.0, 1.0), (0.0, 1.0))
-    percent = tuple((value, f"{value:.0%}") for value in (0.0, 0.25, 0.5, 0.75, 1.0))
+    percent = tuple(
+        (value, f"{value:.0%}".replace("%", " %")) for value in (0.0, 0.25, 0.5, 0.75, 1.0)
+    )
     half = int(np.searchsorted(items, 0.8))
     return Chart(
         title="How evenly items are shown",
@@ -119,10 +121,10 @@ def density_chart(rates: Tensor) -> Chart:
     counts = np.histogram(np.log10(live), bins=edges)[0] if len(live) else np.zeros(len(edges) - 1)
     never = int((values == 0).sum())
     heights = np.concatenate([[never], counts])
-    axes = _Axes((-1.5, len(counts)), (0.0, float(heights.max(initial=1)) * 1.08))
+    axes = _Axes((-3.0, len(counts)), (0.0, float(heights.max(initial=1)) * 1.08))
     bars = []
     for place, height in enumerate(heights.tolist()):
-        left = place - 1 if place else -1.5
+        left = place - 1 if place else -3.0
         x = axes.across(left)
         width = round(axes.across(left + 1) - x - 1.5, 1)
         y = axes.up(height)
@@ -133,7 +135,7 @@ def density_chart(rates: Tensor) -> Chart:
         bars.append(
             (x, y, width, round(axes.up(0) - y, 1), f"{int(height):,} neurons fire after {span}")
         )
-    ticks = [(axes.across(-1), "never")]
+    ticks = [(axes.across(-2.5), "never")]
     for power in range(low, 1):
         place = (power - low) * 4
         ticks.append((axes.across(place), f"{10.0**power:.{max(0, -power - 2)}%}"))
@@ -292,8 +294,8 @@ def _ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
     """Round numbers within, about so many."""
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
-    step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    step = next(power * each for each in (1, 2, 2.5, 5, 10) if power * each >= rough)
+    digits = next(n for n in range(12) if abs(step - round(step, n)) < 1e-9 * step or n == 11)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [(i * step, f"{i * step:,.{digits}f}") for i in range(first, last + 1)]

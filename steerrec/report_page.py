@@ -21,6 +21,8 @@ from steerrec.neurons import NeuronDescriptions
 from steerrec.report_charts import density_chart, lorenz_chart, tradeoff_charts
 from steerrec.reporting import ReportData
 
+TITLE = "What the recommender has learned, and what steering changes"
+
 MAX_DETAIL = 3_200_000
 """Bytes that details of neurons may take: the strongest ones have them while there is room."""
 
@@ -56,7 +58,7 @@ _INNER = ("zero_variance", "causal_measured")
 _INNER_ENDS = ("_se", "_low", "_high", "_a", "_b")
 
 
-def write_report(data: ReportData, path: str | Path) -> Path:
+def write_report(data: ReportData, path: str | Path, *, title: str = TITLE) -> Path:
     """Write the page of a report.
 
     Parameters
@@ -65,14 +67,16 @@ def write_report(data: ReportData, path: str | Path) -> Path:
         From `report_data`.
     path
         Where to.
+    title
+        What it is called.
     """
-    text = render_report(data)
+    text = render_report(data, title=title)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def render_report(data: ReportData) -> str:
+def render_report(data: ReportData, *, title: str = TITLE) -> str:
     """The HTML of a report."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -86,13 +90,14 @@ def render_report(data: ReportData) -> str:
         "number": _number,
         "percent": _percent,
         "count": "{:,}".format,
-        "signed": "{:+.3g}".format,
+        "signed": _signed,
     }
     template = environment.from_string((folder / "report.html.j2").read_text("utf-8"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _page(data)
     return template.render(
         **page,
+        title=title,
         style=Markup(style),
         script=Markup(script),
         script_hash=digest,
@@ -291,6 +296,10 @@ def _number(value: Any, digits: int = 4) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "−")
 
 
 def _percent(value: Any, digits: int = 1) -> str:

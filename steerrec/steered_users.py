@@ -26,10 +26,22 @@ _CANDIDATES = 2000
 
 @dataclass(frozen=True)
 class Mover:
-    """A neuron, and by how much its change moved the score of an item."""
+    """A neuron that steering turned, and what came of it.
+
+    Attributes
+    ----------
+    neuron
+        Its number.
+    turned
+        By how much its activation changed.
+    moved
+        By how much that moved the score of an item, less the mean of that over the items of both
+        lists: places depend only on how an item fares beside the others.
+    """
 
     neuron: int
-    change: float
+    turned: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class ListedItem:
     score_change
         By how much steering changed its score.
     moved_by
-        The neurons that had most part in that, the largest first.
+        The neurons that had most part in its going up or down, the largest first.
     held_out
         Whether it is what the user took next.
     """
@@ -76,8 +88,8 @@ class SteeredUser:
         The latest items, oldest first.
     items
         All items of both lists: those of the steered one in order, then those that left.
-    neurons
-        Neurons whose activation steering changed most, with that change.
+    turned
+        Neurons whose activation steering changed most, each with that change.
     """
 
     user_id: str
@@ -86,7 +98,7 @@ class SteeredUser:
     attributes: tuple[tuple[str, float], ...]
     latest: tuple[ItemNote, ...]
     items: tuple[ListedItem, ...]
-    neurons: tuple[Mover, ...]
+    turned: tuple[tuple[int, float], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
@@ -103,7 +115,7 @@ def describe_users(
     count: int = 12,
     k: int = 10,
     mask_seen: bool = False,
-    movers: int = 3,
+    movers: int = 2,
 ) -> tuple[SteeredUser, ...]:
     """Users of different taste with their lists before and after, from those for popular items on.
 
@@ -157,7 +169,7 @@ def describe_users(
             rec.item_head, sae, picked.vectors[place], steered[place], change[place], lists, movers
         )
         history = picked.histories[place]
-        strongest = change[place].abs().sort(descending=True, stable=True).indices[:5].tolist()
+        strongest = change[place].abs().sort(descending=True, stable=True).indices[:4].tolist()
         found.append(
             SteeredUser(
                 user_id=str(picked.histories.user_ids[place]),
@@ -176,8 +188,8 @@ def describe_users(
                     )
                     for row, score_change, by in moved
                 ),
-                neurons=tuple(
-                    Mover(neuron, float(change[place, neuron]))
+                turned=tuple(
+                    (neuron, float(change[place, neuron]))
                     for neuron in strongest
                     if change[place, neuron] != 0
                 ),
@@ -239,14 +251,19 @@ def _moved(
     both = torch.stack([before.to(weight), after.to(weight)])
     scores = few.scores(both).float().cpu()  # [2, R]
     parts = part_of_neurons(few, sae, change, both[1]).cpu()  # [J, R]
+    parts = parts - parts.mean(dim=1, keepdim=True)
     active = change.nonzero().squeeze(1).tolist()
     found = []
     for place, row in enumerate(rows):
-        total = float(scores[1, place] - scores[0, place])
-        column = parts[:, place] if total >= 0 else -parts[:, place]
+        up = row not in lists[0] or (row in lists[1] and lists[1].index(row) < lists[0].index(row))
+        column = parts[:, place] if up else -parts[:, place]
         best = column.sort(descending=True, stable=True).indices[:movers].tolist()
-        by = tuple(Mover(active[j], float(parts[j, place])) for j in best if float(column[j]) > 0)
-        found.append((row, total, by))
+        by = tuple(
+            Mover(active[j], float(change[active[j]]), float(parts[j, place]))
+            for j in best
+            if float(column[j]) > 0
+        )
+        found.append((row, float(scores[1, place] - scores[0, place]), by))
     return found
 
 

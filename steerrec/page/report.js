@@ -23,7 +23,7 @@
     return element;
   }
   const whole = new Intl.NumberFormat("en");
-  const percent = (value) => value === null ? "–" : value === 0 ? "0 %" : value < 0.001 ? "<0.1 %" : (100 * value).toFixed(1) + " %";
+  const percent = (value) => value === null ? "–" : value === 0 ? "0 %" : value < 0.001 ? (100 * value).toPrecision(2) + " %" : (100 * value).toFixed(1) + " %";
   const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toPrecision(3);
   const bdi = (text) => make("bdi", { text });
 
@@ -51,7 +51,7 @@
 
   function selected() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let rows = data.rows.filter((row) => !live.checked || row[3] > 0);
+    let rows = data.rows.filter((row) => row[3] >= Number(live.value));
     if (words.length) {
       rows = rows.filter((row) => {
         if (words.length === 1 && String(row[0]) === words[0]) return true;
@@ -107,8 +107,7 @@
       return line;
     }));
     more.hidden = rows.length <= state.shown;
-    const silent = data.rows.length - data.rows.filter((row) => row[3] > 0).length;
-    get("found").textContent = `${whole.format(rows.length)} of ${whole.format(data.rows.length)} neurons` + (live.checked && silent ? `; ${whole.format(silent)} that fire after no history here are hidden` : "");
+    get("found").textContent = `${whole.format(rows.length)} of ${whole.format(data.rows.length)} neurons`;
   }
   const tag = (evidence) => make("span", { class: `tag ${EVIDENCE[evidence][1]}`, text: EVIDENCE[evidence][0] });
 
