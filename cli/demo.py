@@ -27,7 +27,7 @@ def demo(
     latents: Annotated[int, typer.Option("--latents", min=8, help="Latents of the SAE.")] = 1024,
     seed: opt.Seed = 0,
 ) -> None:
-    """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer, report.
+    """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer, tell.
 
     Nothing is downloaded. Every step is one of the other commands, and is shown as such. An
     earlier demo in the same folder is replaced.
