@@ -6,7 +6,7 @@ Memory is that of a batch and of a few numbers for each neuron; never [users, la
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -175,10 +175,17 @@ def protocol_of(
         "site": (site or rec.site).path,
         "contrast": table.name,
         "model_sha256": fingerprint(rec)["model_sha256"],
-        "sae": float(sae.W_dec.double().abs().sum()),
-        "table": float(table["cohens_d"].double().abs().sum()),
+        "sae_sha256": _sha256(*sae.state_dict().values()),
+        "table_sha256": _sha256(table["cohens_d"]),
         "data": digest(histories),
     }
+
+
+def _sha256(*tensors: Tensor) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def contrast_groups(rec: Recommender, table: AttributionTable, train: Histories) -> Groups | None:
@@ -337,8 +344,3 @@ def _tested(
     whole = count(population, np.zeros(len(population), dtype=np.int64), 1)[0]
     found: Enrichment = enriched(counts, there.sum(axis=1), whole, len(population))
     return {f"{of}_{name}": torch.from_numpy(values) for name, values in vars(found).items()}
-
-
-def with_table(found: NeuronDescriptions, table: AttributionTable) -> NeuronDescriptions:
-    """The same descriptions with the columns of a table of the same contrast."""
-    return replace(found, columns=dict(table.columns), contrast=table.contrast)

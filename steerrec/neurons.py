@@ -397,9 +397,11 @@ class NeuronDescriptions:
         ranked = shared + [name for name in raised or fired if name not in shared]
         words = [name for name in ranked if name not in GROUP_WORDS][:2]
         popularity = next((name for name in ranked if name in (GROUP_WORDS[0], GROUP_WORDS[2])), "")
+        described = len(self.items.names) > len(GROUP_WORDS)
         evidence: Evidence = (
             "both"
-            if any(name != GROUP_WORDS[1] for name in shared) or self._takes_again(neuron)
+            if any(name != GROUP_WORDS[1] for name in shared)
+            or (not described and self._takes_again(neuron))
             else "items"
             if raised
             else "histories"
