@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from steerrec.data import leave_one_out as leave_one_out
     from steerrec.data import read_interactions as read_interactions
     from steerrec.data import simulate as simulate
+    from steerrec.describing import describe_neuron as describe_neuron
+    from steerrec.describing import describe_neurons as describe_neurons
     from steerrec.effects import grad_attribution as grad_attribution
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from steerrec.learning import SteeringTraining as SteeringTraining
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.neurons import NeuronDescription as NeuronDescription
+    from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
     from steerrec.profiles import Contrast as Contrast
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_ablations as plot_ablations
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.report_page import write_report as write_report
+    from steerrec.reporting import report_data as report_data
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
+    from steerrec.steered_users import describe_users as describe_users
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
     from steerrec.strengths import ChosenStrength as ChosenStrength
@@ -108,6 +115,8 @@ _HOME = {
     "ItemHead": "recommender",
     "LatentSteering": "operations",
     "Lengths": "sites",
+    "NeuronDescription": "neurons",
+    "NeuronDescriptions": "neurons",
     "NeuronGate": "gates",
     "RealMask": "sites",
     "Recipe": "recipes",
@@ -134,6 +143,9 @@ _HOME = {
     "check_conformance": "conformance",
     "choose_strength": "strengths",
     "compare": "comparison",
+    "describe_neuron": "describing",
+    "describe_neurons": "describing",
+    "describe_users": "steered_users",
     "edit": "hooks",
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
@@ -162,6 +174,7 @@ _HOME = {
     "read_interactions": "data",
     "recipe_of": "expressions",
     "recommend": "evaluation",
+    "report_data": "reporting",
     "reranker": "rerank",
     "score_groups": "attribution",
     "score_neurons": "attribution",
@@ -173,6 +186,7 @@ _HOME = {
     "user_vectors": "recommender",
     "users_by_taste": "profiles",
     "wrap": "wrapping",
+    "write_report": "report_page",
 }
 
 __all__ = ["__version__", *_HOME]
