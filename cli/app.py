@@ -19,6 +19,7 @@ from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
+from steerrec.cli.export import export
 from steerrec.cli.import_sae import import_sae
 from steerrec.cli.layers import layers
 from steerrec.cli.pull import pull
@@ -54,7 +55,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare, ablate),
-    *(card, push, pull),
+    *(export, card, push, pull),
 ):
     app.command()(command)
 

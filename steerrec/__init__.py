@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from steerrec.ablations import Ablations as Ablations
     from steerrec.ablations import ablate as ablate
     from steerrec.activations import ActivationSampling as ActivationSampling
+    from steerrec.ann import AnnRecall as AnnRecall
+    from steerrec.ann import ann_recall as ann_recall
+    from steerrec.ann import faiss_index as faiss_index
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.exporting import export_artifact as export_artifact
+    from steerrec.exporting import export_transform as export_transform
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
     from steerrec.gates import TasteGate as TasteGate
@@ -65,6 +70,8 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.serving import RetrievalVectors as RetrievalVectors
+    from steerrec.serving import retrieval_vectors as retrieval_vectors
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
@@ -80,6 +87,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablations": "ablations",
     "ActivationSampling": "activations",
+    "AnnRecall": "ann",
     "Artifact": "artifacts",
     "Attachment": "attachment",
     "AttributionTable": "attribution",
@@ -97,6 +105,7 @@ _HOME = {
     "Recipe": "recipes",
     "Recommender": "recommender",
     "ResponseSteering": "operations",
+    "RetrievalVectors": "serving",
     "SAETraining": "training",
     "Site": "sites",
     "SparseAutoencoder": "autoencoder",
@@ -109,6 +118,7 @@ _HOME = {
     "TasteGate": "gates",
     "TokenIds": "sites",
     "ablate": "ablations",
+    "ann_recall": "ann",
     "attach": "attachment",
     "build_histories": "data",
     "capture": "capturing",
@@ -116,6 +126,9 @@ _HOME = {
     "compare": "comparison",
     "edit": "hooks",
     "evaluate": "evaluation",
+    "export_artifact": "exporting",
+    "export_transform": "exporting",
+    "faiss_index": "ann",
     "fit_autoencoder": "training",
     "fit_taste": "gates",
     "gated": "gates",
@@ -136,6 +149,7 @@ _HOME = {
     "read_interactions": "data",
     "recommend": "evaluation",
     "reranker": "rerank",
+    "retrieval_vectors": "serving",
     "score_groups": "attribution",
     "score_neurons": "attribution",
     "simulate": "data",
