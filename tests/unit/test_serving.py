@@ -1,4 +1,4 @@
-"""Retrieval vectors reproduce a model's scores; what cannot be served on user vectors is refused."""
+"""Retrieval vectors reproduce a model's scores; what cannot be served on vectors is refused."""
 
 import pytest
 import torch
