@@ -32,6 +32,7 @@ from steerrec.adapters.weights import Weights, refuse_misfits
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError
 from steerrec.files import write_json
+from steerrec.graphs import has_values
 from steerrec.hub import Pushed, Snapshot, push
 from steerrec.hub_names import is_repo_id, is_sha
 from steerrec.loading import model_record
@@ -41,6 +42,9 @@ from steerrec.recommender import ItemHead
 from steerrec.sites import Site, TokenIds
 
 PAD = 0
+
+Newest = Tensor | Literal[-1]
+"""Which position of each history is wanted, [B]; -1 where it is the last one of all."""
 
 
 @strict
@@ -122,12 +126,12 @@ class SASRecAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Tensor, queries: Tensor | None = None, newest: Tensor | None = None
+        self, x: Tensor, queries: Tensor | None = None, newest: Newest | None = None
     ) -> Tensor:
         """Mix each position with itself and those before it, [B, L, H].
 
         `queries` are what each position asks with, where that is not what it is asked for. With
-        `newest` [B], a position for each history, only that one asks, [B, 1, H].
+        `newest` only that position of each history asks, [B, 1, H].
         """
         if newest is not None:
             return self._of_newest(x, x if queries is None else queries, newest)
@@ -143,7 +147,7 @@ class SASRecAttention(nn.Module):
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return out
 
-    def _of_newest(self, x: Tensor, queries: Tensor, newest: Tensor) -> Tensor:
+    def _of_newest(self, x: Tensor, queries: Tensor, newest: Newest) -> Tensor:
         batch, length, width = x.shape
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(row_of(queries, newest), weight[:width], bias[:width])  # [B, 1, H]
@@ -151,14 +155,19 @@ class SASRecAttention(nn.Module):
         q, k, v = (
             t.view(batch, -1, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v)
         )
-        seen = torch.arange(length, device=x.device) <= newest[:, None]  # [B, L]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        seen = None  # from the last position everything
+        if isinstance(newest, Tensor):
+            steps = torch.arange(length, device=x.device)
+            seen = (steps <= newest[:, None])[:, None, None]  # [B, 1, 1, L]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, 1, width))
         return out
 
 
-def row_of(x: Tensor, places: Tensor) -> Tensor:
-    """The rows [B, 1, H] of [B, L, H] at a position for each history, [B]."""
+def row_of(x: Tensor, places: Newest) -> Tensor:
+    """The rows [B, 1, H] of [B, L, H] at a position of each history."""
+    if not isinstance(places, Tensor):
+        return x[:, -1:]
     return x.gather(1, places.view(-1, 1, 1).expand(-1, 1, x.shape[2]))
 
 
@@ -178,8 +187,8 @@ class SASRecLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, newest: Tensor | None = None) -> Tensor:
-        """Hidden states [B, L, H] of the next layer; with `newest` [B] only those, [B, 1, H]."""
+    def forward(self, x: Tensor, newest: Newest | None = None) -> Tensor:
+        """Hidden states [B, L, H] of the next layer; with `newest` only those, [B, 1, H]."""
         out: Tensor
 
         def kept(states: Tensor) -> Tensor:
@@ -279,12 +288,11 @@ class SASRecModel(PreTrainedModel):
         input_ids: Tensor,
         return_dict: bool | None = None,
         *,
-        newest: Tensor | None = None,
+        newest: Newest | None = None,
     ) -> SASRecOutput:
         """Hidden states for padded `input_ids` [B, L] of ids 1..N (0 pads).
 
-        With `newest` [B], a position for each history, those of the last layer are of that position
-        alone, [B, 1, H].
+        With `newest` those of the last layer are of that position of each history alone, [B, 1, H].
 
         Raises
         ------
@@ -310,7 +318,8 @@ class SASRecModel(PreTrainedModel):
         for layer in self.layers[: len(self.layers) if newest is None else -1]:
             x = self._zeroed(layer(x), input_ids)
         if newest is not None:
-            here = input_ids.gather(1, newest[:, None])
+            last = newest[:, None] if isinstance(newest, Tensor) else None
+            here = input_ids[:, -1:] if last is None else input_ids.gather(1, last)
             x = self._zeroed(self.layers[-1](x, newest), here)
         return SASRecOutput(last_hidden_state=self.final_norm(x))
 
@@ -332,14 +341,24 @@ class SASRecModel(PreTrainedModel):
 
     def score(self, input_ids: Tensor) -> Tensor:
         """Scores [B, N] of every item as the next one after `input_ids` [B, L]."""
-        if self.config.padding_side == "left":
-            last = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] - 1)  # [B]
-        else:
-            last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1
+        left = self.config.padding_side == "left"
         if self.newest_only and len(self.layers):
-            user_vectors = self(input_ids, newest=last).last_hidden_state[:, 0]
+            newest: Newest = -1
+            if (
+                not left
+                and len(input_ids) == 1
+                and has_values(input_ids)
+                and input_ids.device.type == "cpu"
+            ):
+                input_ids = input_ids[:, : max(1, int((input_ids != PAD).sum()))]
+            elif not left:
+                newest = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
+            user_vectors = self(input_ids, newest=newest).last_hidden_state[:, 0]
+        elif left:
+            user_vectors = self(input_ids).last_hidden_state[:, -1]
         else:
             hidden = self(input_ids).last_hidden_state
+            last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
             user_vectors = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         scores: Tensor = user_vectors @ self.item_matrix.T
         return scores

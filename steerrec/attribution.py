@@ -12,7 +12,7 @@ from torch import Tensor
 from steerrec.activations import length_batches
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
-from steerrec.neuron_moments import NeuronMoments
+from steerrec.neuron_moments import FiringCounts, NeuronMoments
 from steerrec.profiles import Contrast, synthetic_users
 from steerrec.progress import track
 from steerrec.recommender import Recommender, user_vectors
@@ -140,17 +140,14 @@ def score_groups(
     moments, rates = [], []
     labels = (contrast["group_a"]["label"], contrast["group_b"]["label"])
     for label, people in zip(labels, (group_a, group_b), strict=True):
-        running = NeuronMoments(sae)
-        fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        running, fired = NeuronMoments(sae), FiringCounts(sae)
         batches = length_batches(people.lengths, batch_size)
         for rows in track(batches, f"{label} users", unit="batch"):
             vectors = user_vectors(rec, people.select(rows), site).to(sae.W_enc)
             running.update(vectors)
-            latents = sae.activate(sae.pre_acts(vectors))
-            active = (latents.values > 0).long()
-            fired.scatter_add_(0, latents.indices.flatten(), active.flatten())
+            fired.update(vectors)
         moments.append(running)
-        rates.append(fired.cpu() / running.n)
+        rates.append(fired.counts / running.n)
     a, b = moments
     pooled = ((a.variance + b.variance) / 2).sqrt()
     # a constant column keeps a few ulps of spread from rounding; that is no variance

@@ -1,4 +1,4 @@
-"""Mean and variance of every pre-activation, from those of the user vectors.
+"""Mean and variance of every pre-activation, from those of the user vectors; and who fires.
 
 Pre-activations are affine in the vector, ``z = x W + b``, so that ``mean(z) = mean(x) W + b`` and
 ``var(z_j) = W_j' cov(x) W_j``, exactly: a batch costs a product [H, H] instead of passes over
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.steering import ROWS_AT_ONCE
 
 
 class NeuronMoments:
@@ -65,3 +66,33 @@ class NeuronMoments:
             part.detach().double() for part in (self.sae.W_enc, self.sae.b_dec, self.sae.b_enc)
         )
         return weight, offset - shift @ weight
+
+
+class FiringCounts:
+    """In how many user vectors each neuron is active, counted where the SAE is.
+
+    Parameters
+    ----------
+    sae
+        Whose neurons.
+    """
+
+    @torch.no_grad()
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+        self._bias = sae.b_enc - sae.b_dec @ sae.W_enc
+        self._counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor) -> None:
+        """Add user vectors [B, H]; on a CPU a few at a time, which stay in its cache."""
+        rows = ROWS_AT_ONCE if vectors.device.type == "cpu" else max(1, len(vectors))
+        for part in vectors.split(rows):
+            latents = self.sae.activate(self.sae.pre_acts(part, self._bias))
+            active = (latents.values > 0).long()
+            self._counts.scatter_add_(0, latents.indices.flatten(), active.flatten())
+
+    @property
+    def counts(self) -> Tensor:
+        """Vectors in which each neuron was active, int64 [d_sae]."""
+        return self._counts.cpu()

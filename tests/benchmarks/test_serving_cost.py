@@ -76,15 +76,23 @@ def test_forward_scores_and_lists(sae, steering, batch, rounds, items):
     head = ItemHead(bare.item_matrix if items == ITEMS else randn(items, WIDTH, seed=5))
     rounds = rounds if items == ITEMS else max(5, rounds // 20)
 
-    def lists(model):
-        last = (ids != 0).sum(dim=1).clamp_min(1) - 1
-        return top_k(model(ids, newest=last).last_hidden_state[:, 0], head, 10)
+    def vectors(model):
+        last = -1 if batch == 1 else (ids != 0).sum(dim=1).clamp_min(1) - 1
+        return model(ids, newest=last).last_hidden_state[:, 0]
 
+    transform = SteerTransform(sae, steering)
     with attach(steered, sae, site=SITE, steering=steering) as attachment:
-        named = {"bare": lambda: lists(bare), "steered": lambda: lists(steered)}
+        named = {
+            "bare": lambda: top_k(vectors(bare), head, 10),
+            "steered user vectors": lambda: top_k(transform(vectors(bare)), head, 10),
+            "steered by the hook": lambda: top_k(vectors(steered), head, 10),
+        }
         found = compare(named, rounds=rounds, clock=CLOCK)
+        moved = torch.equal(vectors(steered), vectors(bare))
+        torch.testing.assert_close(vectors(steered), transform(vectors(bare)))
         attachment.enabled = False
-        assert torch.equal(lists(steered).ids, lists(bare).ids)
+        assert not moved
+        assert torch.equal(vectors(steered), vectors(bare))
     show(f"forward, scores and ten best of {items:,} items, batch {batch}", found)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.neuron_moments import NeuronMoments
+from steerrec.neuron_moments import FiringCounts, NeuronMoments
 
 
 @pytest.fixture
@@ -39,3 +39,14 @@ def test_one_vector_over_and_over_has_no_variance(sae):
 
 def test_nothing_seen(sae):
     assert float(NeuronMoments(sae).variance.sum()) == 0.0
+
+
+@pytest.mark.parametrize("batch", [7, 300])
+def test_who_fires(sae, batch):
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    fired = FiringCounts(sae)
+    for part in x.split(batch):
+        fired.update(part)
+    z = (x.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
+    bound = z.topk(4, dim=1).values[:, -1:].clamp_min(0)
+    assert fired.counts.tolist() == ((z >= bound) & (z > 0)).sum(dim=0).tolist()
