@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from steerrec import artifact_site
+from steerrec import artifact_recipes, artifact_site
 from steerrec.activations import collect_user_vectors, sample_prefixes
 from steerrec.artifacts import (
     Artifact,
@@ -634,9 +634,13 @@ def test_a_site_folder_outside_the_artifact_is_refused(saved, rec, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "jumprelu"}, "an SAE 'jumprelu' of 'float32'; expected 'topk' of"),
-        ({"dtype": "int8"}, "an SAE 'topk' of 'int8'; expected 'topk' of float32, float64"),
-        ({"dtype": ["float32"]}, r"of \['float32'\]; expected 'topk' of float32"),
+        (
+            {"architecture": "gated"},
+            "an SAE 'gated' of 'float32'; expected 'topk' or 'jumprelu' of",
+        ),
+        ({"architecture": "jumprelu"}, "threshold"),
+        ({"dtype": "int8"}, "'topk' of 'int8'; expected 'topk' or 'jumprelu' of float32, float64"),
+        ({"dtype": ["float32"]}, r"of \['float32'\]; expected 'topk' or 'jumprelu' of float32"),
         ({"apply_b_dec_to_input": False}, "says apply_b_dec_to_input False; .* has True"),
         ({"normalize_activations": "layer_norm"}, "says normalize_activations 'layer_norm'"),
         ({"reshape_activations": "hook_z"}, "says reshape_activations 'hook_z'"),
@@ -791,7 +795,8 @@ def test_a_save_that_fails_leaves_the_old_artifact_and_nothing_else(
     artifact.data["k_core"] = 99
     expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(artifact_site, "write_tensors", failing)
+        for module in (artifact_site, artifact_recipes):
+            patch.setattr(module, "write_tensors", failing)
         with pytest.raises(expected):
             artifact.save(saved)
     assert contents(saved) == before
