@@ -12,14 +12,11 @@ if TYPE_CHECKING:
     from steerrec.ablations import Ablations as Ablations
     from steerrec.ablations import ablate as ablate
     from steerrec.activations import ActivationSampling as ActivationSampling
-<<<<<<< HEAD
+    from steerrec.agreement import AttributionStudy as AttributionStudy
+    from steerrec.agreement import attribution_study as attribution_study
     from steerrec.ann import AnnRecall as AnnRecall
     from steerrec.ann import ann_recall as ann_recall
     from steerrec.ann import faiss_index as faiss_index
-=======
-    from steerrec.agreement import AttributionStudy as AttributionStudy
-    from steerrec.agreement import attribution_study as attribution_study
->>>>>>> main
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
@@ -48,12 +45,9 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
-<<<<<<< HEAD
     from steerrec.exporting import export_artifact as export_artifact
     from steerrec.exporting import export_transform as export_transform
-=======
     from steerrec.expressions import recipe_of as recipe_of
->>>>>>> main
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
     from steerrec.gates import TasteGate as TasteGate
@@ -85,12 +79,9 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
-<<<<<<< HEAD
     from steerrec.serving import RetrievalVectors as RetrievalVectors
     from steerrec.serving import retrieval_vectors as retrieval_vectors
-=======
     from steerrec.shares import slot_shares as slot_shares
->>>>>>> main
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
@@ -143,11 +134,8 @@ _HOME = {
     "TasteGate": "gates",
     "TokenIds": "sites",
     "ablate": "ablations",
-<<<<<<< HEAD
-    "ann_recall": "ann",
-=======
     "add_columns": "attribution_columns",
->>>>>>> main
+    "ann_recall": "ann",
     "attach": "attachment",
     "attribution_study": "agreement",
     "build_histories": "data",

@@ -23,7 +23,7 @@ from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
 from steerrec.steering import SteerTransform
-from steerrec.strengths import steered_at
+from steerrec.many_strengths import steered_at
 
 
 @dataclass(frozen=True)

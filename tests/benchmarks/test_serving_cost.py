@@ -122,7 +122,7 @@ def test_the_transform_beside_encoder_and_topk(sae, steering, batch, rounds):
 
 
 def test_a_sweep_of_ten_strengths(sae, steering):
-    from steerrec.strengths import steered_at
+    from steerrec.many_strengths import steered_at
 
     x, alphas = randn(1024, WIDTH, seed=3), [0.1 * n for n in range(1, 11)]
     transform = SteerTransform(sae, steering)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steerrec import strengths
+from steerrec import many_strengths as strengths
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.gates import NeuronGate, gated
 from steerrec.operations import ResponseSteering
