@@ -36,13 +36,13 @@ def test_gini_prices_are_its_derivative_where_the_total_is_kept():
 def test_popularity_and_tail_share_by_hand():
     counts, groups = torch.tensor([7, 0, 3]), torch.tensor([0, 2, 1])
     exposure = torch.tensor([1, 2, 1])
-    popularity = named_objective("popularity", counts, groups)
+    popularity = named_objective("popularity", counts, groups, users=4)
     assert popularity.value(exposure) == pytest.approx((0.7 + 0.3) / 4)
     # log(1 + count) is 3, 0 and 2 times log 2
     torch.testing.assert_close(
         popularity.prices(exposure), torch.tensor([0.5, -0.5, 1 / 6], dtype=torch.float64)
     )
-    tail = named_objective("tail_share", counts, groups)
+    tail = named_objective("tail_share", counts, groups, users=4)
     assert tail.value(exposure) == -0.5
     assert tail.prices(exposure).tolist() == [0.5, -0.5, 0.5]
 
@@ -55,12 +55,12 @@ def test_group_shares_by_hand():
 
 
 def test_equal_counts_have_no_price():
-    flat = named_objective("popularity", torch.tensor([4, 4]), torch.tensor([0, 2]))
+    flat = named_objective("popularity", torch.tensor([4, 4]), torch.tensor([0, 2]), users=4)
     assert flat.prices(torch.ones(2)).tolist() == [0, 0]
 
 
 def test_what_makes_no_sense_is_said():
-    with pytest.raises(ValueError, match="no objective 'fame'; expected one of gini, popularity"):
-        named_objective("fame", torch.ones(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="no objective 'fame'; expected one of gini, entropy, ltc"):
+        named_objective("fame", torch.ones(2), torch.zeros(2), users=4)
     with pytest.raises(ValueError, match="of sum 1"):
         group_shares(torch.tensor([0, 1]), torch.tensor([0.5, 0.4]))
