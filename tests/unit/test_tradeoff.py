@@ -171,7 +171,8 @@ def test_unsteered_where_nothing_else_is_admissible_or_better():
 def test_a_sweep_as_json(rec, split, sae, steering):
     found = sweep(rec, sae, steering, split, alphas=ALPHAS, k=5)
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert document["steering"] == {"name": "random", "splice": "delta", "rule": "none"}
+    told = {"name": "random", "operation": "shift", "splice": "delta", "rule": "none"}
+    assert document["steering"] == told
     assert document["points"] == [
         {"alpha": point.alpha, "valid": point.valid.to_dict(), "test": point.test.to_dict()}
         for point in found.points
