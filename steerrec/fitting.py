@@ -76,7 +76,7 @@ class SteeringTraining:
     steps: int = 300
     users: int = 1024
     learning_rate: float = 0.01
-    growth: float = 0.06
+    growth: float = 0.05
     focus: float = 1.5
     latest: int = 12
     rows: int = 100_000

@@ -74,7 +74,7 @@ def exposure_entropy(users: int) -> Objective:
     return Objective("entropy", lambda e: _spread((e + 0.5 / users).log()), value)
 
 
-def tail_coverage(groups: Tensor, users: int, *, slots: float = 3.0) -> Objective:
+def tail_coverage(groups: Tensor, users: int, *, slots: float = 1.5) -> Objective:
     """Raise the share of tail items that are in somebody's list (LTC).
 
     Where ``users`` lists hold item i ``c_i`` times on average, the chance that none does is about
@@ -88,7 +88,7 @@ def tail_coverage(groups: Tensor, users: int, *, slots: float = 3.0) -> Objectiv
     users
         How many users lists are for.
     slots
-        At about so many slots the price has risen to where more are not asked for: above 1, since
+        How fast the price rises with the slots that an item has: above 1, since
         an item that has one on average is in nobody's list in a third of the cases.
     """
     tail = groups == TAIL
@@ -196,7 +196,7 @@ def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) ->
     return makers[name]()
 
 
-EVEN = 0.4
+EVEN = 0.15
 """Weight of the entropy of exposure beside the coverage of the tail in the objective `even`."""
 
 

@@ -7,43 +7,28 @@ import pytest
 import torch
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Histories, leave_one_out
+from steerrec.data import Histories
 from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import evaluate
 from steerrec.learning import SteeringTraining, latest_states, learn_steering, temperature
 from steerrec.objectives import Objective, more_tail
 from steerrec.steering import SteerTransform
 
-from .tiny import TinyRecommender
-
-ITEMS, WIDTH = 60, 8
-QUICK = SteeringTraining(steps=40, users=256, learning_rate=0.05)
-
+from .learning_cases import QUICK, WIDTH, popular_model, small_sae, tasteful_split
 
 @pytest.fixture(scope="module")
 def rec():
-    """A model that pushes its popular items: one direction of the scores is popularity."""
-    generator = torch.Generator().manual_seed(0)
-    taste = torch.randn(ITEMS, WIDTH, generator=generator)
-    popular = torch.linspace(1.5, -1.5, ITEMS)
-    embedding, matrix = taste.clone(), taste.clone()
-    embedding[:, 0], matrix[:, 0] = 1.0, popular
-    counts = (1000 / (1 + torch.arange(ITEMS))).int().tolist()
-    return TinyRecommender(embedding, matrix, counts)
+    return popular_model()
 
 
 @pytest.fixture(scope="module")
 def split():
-    """Half of each history is of one taste, drawn with popular items first."""
-    rng = np.random.default_rng(0)
-    weights = 1 / (1 + np.arange(ITEMS))
-    users = [rng.choice(ITEMS, 6, p=weights / weights.sum()).tolist() for _ in range(300)]
-    return leave_one_out(Histories.from_lists(users), num_items=ITEMS)
+    return tasteful_split()
 
 
 @pytest.fixture(scope="module")
 def sae():
-    return SparseAutoencoder(WIDTH, 32, k=4, generator=torch.Generator().manual_seed(1))
+    return small_sae()
 
 
 @pytest.fixture(scope="module")
