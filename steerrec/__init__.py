@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.explaining import strongest_alone as strongest_alone
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
     from steerrec.gates import TasteGate as TasteGate
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
     from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.operations import LatentSteering as LatentSteering
@@ -122,11 +124,13 @@ _HOME = {
     "gather_candidates": "rerank",
     "import_sae": "importing",
     "layer_report": "layers",
+    "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "strongest_alone": "explaining",
     "plot_ablations": "report",
     "plot_frontiers": "report",
     "plot_tradeoff": "report",

@@ -38,6 +38,16 @@ LOOK_EVERY = 10
 """Steps between two looks at validation."""
 
 
+WARM_UP = 20
+"""Steps until the full learning rate: the first of Adam are as long as any, and know nothing."""
+
+KEPT = 0.9
+"""What comes out is a running mean over steps, which keeps so much of itself in each."""
+
+PRICE_RATE = 0.05
+"""Exposure is a running mean over steps, of which the last has this share."""
+
+
 @dataclass(frozen=True)
 class SteeringTraining:
     """How steering is learned.
@@ -141,6 +151,7 @@ class ResponseFit:
         d_sae, like = len(self.allowed), self.x
         self.vectors = torch.zeros(d_sae, like.shape[1], device=like.device, requires_grad=True)
         self.constant = torch.zeros(like.shape[1], device=like.device, requires_grad=True)
+        self.mean = [self.vectors.detach().clone(), self.constant.detach().clone()]
         self.step, self.price = 0, 0.0
         self.exposure = torch.zeros(len(self.head), device=like.device)
         temperatures = []
@@ -175,6 +186,7 @@ class ResponseFit:
         optimizer = torch.optim.Adam(
             [self.vectors, self.constant], lr=training.learning_rate, betas=(0.9, 0.99)
         )
+        warming = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP)
         for rows in track(self.batches(training.steps), "learn steering", unit="step"):
             self.price += training.growth * self.unit
             optimizer.zero_grad()
@@ -182,9 +194,12 @@ class ResponseFit:
             assert self.vectors.grad is not None
             self.vectors.grad *= self.allowed
             optimizer.step()
+            warming.step()
             self.shrink()
-            self.exposure.lerp_(exposure, 0.05)
-            self.prices.lerp_(self.objective.prices(self.exposure).to(self.prices), 0.05)
+            for mean, now in zip(self.mean, (self.vectors, self.constant), strict=True):
+                mean.lerp_(now.detach(), 1 - KEPT)
+            self.exposure.lerp_(exposure, PRICE_RATE)
+            self.prices = self.objective.prices(self.exposure).to(self.prices)
             self.step += 1
             if self.step % LOOK_EVERY and self.step < training.steps:
                 continue
@@ -196,8 +211,10 @@ class ResponseFit:
             yield self.snapshot()
 
     def snapshot(self) -> Snapshot:
-        """The responses as they are now."""
-        vectors, constant = self.vectors.detach().clone(), self.constant.detach().clone()
+        """The responses as they are now, without the noise of the last steps."""
+        share = 1 - KEPT**self.step if self.step else 1.0
+        vectors, constant = (mean / share for mean in self.mean)
+        vectors *= self.vectors.detach().any(dim=1, keepdim=True)  # what was pulled to 0 is 0
         return Snapshot(vectors, constant, self.step, self.price)
 
     def backward(self, rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Split
 from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import capture_held_out
@@ -27,7 +28,6 @@ from steerrec.fitting import (
 from steerrec.metrics import RankingMetrics
 from steerrec.objectives import Objective, named_objective
 from steerrec.operations import ResponseSteering, respond
-from steerrec.autoencoder import SparseAutoencoder
 from steerrec.progress import track
 from steerrec.ranking import top_k
 from steerrec.recommender import Recommender
@@ -95,9 +95,7 @@ def learn_steering(
         nothing = torch.zeros_like(sae.W_dec, device="cpu")
         return ResponseSteering(nothing, nothing[0].clone(), 0.0, name, record)
     judge = Judge(rec, sae, split, objective, k=k, mask_seen=mask_seen, training=training)
-    fit = ResponseFit(
-        rec, sae, split.train, objective, k=k, mask_seen=mask_seen, training=training
-    )
+    fit = ResponseFit(rec, sae, split.train, objective, k=k, mask_seen=mask_seen, training=training)
     found = _within(fit, judge, budget)
     if training.neurons is not None:
         fit.keep(training.neurons)
@@ -143,9 +141,7 @@ def learn_path(
     training = training or SteeringTraining()
     objective = _prepared(rec, sae, split, objective, training)
     judge = Judge(rec, sae, split, objective, k=k, mask_seen=mask_seen, training=training)
-    fit = ResponseFit(
-        rec, sae, split.train, objective, k=k, mask_seen=mask_seen, training=training
-    )
+    fit = ResponseFit(rec, sae, split.train, objective, k=k, mask_seen=mask_seen, training=training)
     looks = _looks(fit, judge, reach)
     if training.neurons is not None:
         fit.keep(training.neurons)
@@ -295,5 +291,3 @@ class Judge:
                 if better and self.admits(there, budget):
                     best, found, chosen = alpha, there, snapshot
         return best, chosen, found
-
-

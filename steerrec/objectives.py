@@ -196,7 +196,7 @@ def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) ->
     return makers[name]()
 
 
-EVEN = 0.15
+EVEN = 0.2
 """Weight of the entropy of exposure beside the coverage of the tail in the objective `even`."""
 
 
