@@ -235,7 +235,7 @@ class ResponseFit:
         with torch.no_grad():
             gradient = (steered / heat).softmax(dim=1).sub_(wanted).div_(len(rows))
             exposure = self.slots(steered.detach())
-        steered.backward(gradient)  # type: ignore[no-untyped-call]
+        steered.backward(gradient)
         return exposure
 
     @torch.no_grad()
