@@ -40,6 +40,10 @@ def ablate(
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Training prefixes that they learn from, at most.")
     ] = 200_000,
+    max_users: Annotated[
+        int | None,
+        typer.Option("--max-users", min=1, help="Held-out users to rank, drawn by the seed; all."),
+    ] = None,
     k: opt.K = 10,
     mask_seen: opt.MaskSeen = False,
     seed: opt.Seed = 0,
@@ -98,6 +102,7 @@ def ablate(
         training=SAETraining(epochs=epochs),
         sampling=ActivationSampling(rows=rows, seed=seed),
         users=users,
+        max_users=max_users,
         k=k,
         mask_seen=mask_seen,
         seed=seed,

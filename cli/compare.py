@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from steerrec.artifacts import SiteArtifact
-    from steerrec.comparison_results import Comparison, Row
+    from steerrec.comparison_results import Comparison, MethodResult, Row
     from steerrec.data import Histories, Split
     from steerrec.recommender import Recommender
     from steerrec.rerank import Reranker
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 LEARNED = {"learned": "even", "learned-gini": "gini", "learned-ltc": "ltc"}
 """Methods that are learned first, and their objectives."""
 
-_FILES = ("compare.json", "compare.csv", "compare.png")
+_FILES = ("compare.json", "compare.csv", "compare.png", "compare-users.png")
 
 
 def compare(
@@ -44,6 +45,10 @@ def compare(
     pool: Annotated[
         int, typer.Option("--pool", min=1, help="A user's best items that re-rankers choose from.")
     ] = 200,
+    max_users: Annotated[
+        int | None,
+        typer.Option("--max-users", min=1, help="Held-out users to rank, drawn by the seed; all."),
+    ] = None,
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", min=1, help="Replicates for intervals and p-values.")
     ] = 500,
@@ -104,6 +109,7 @@ def compare(
         k=k,
         mask_seen=mask_seen,
         pool=pool,
+        max_users=max_users,
         replicates=bootstrap,
         seed=seed,
         fit_seconds=seconds,
@@ -161,7 +167,9 @@ def _methods(
             else:
                 made[name] = reranker(name)
         else:
-            raise MethodError(f"no method {name!r}; there are {', '.join(known)}")
+            near = get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise MethodError(f"no method {name!r}; {hint}there are {', '.join(known)}")
         seconds[name] = time.perf_counter() - started
     return made, seconds
 
@@ -190,17 +198,20 @@ def _learned(
 def _write(result: Comparison, folder: Path) -> None:
     import polars as pl
 
+    from steerrec.comparison_plots import plot_frontiers, plot_who_loses
     from steerrec.files import atomic_file, write_json
-    from steerrec.report import plot_frontiers
 
     write_json(folder / "compare.json", result.to_dict())
     rows = [_record(method.name, row) for method in result.methods for row in method.rows]
     with atomic_file(folder / "compare.csv") as temporary:
         pl.DataFrame(rows, infer_schema_length=None).write_csv(temporary)
     plot_frontiers(result, folder / "compare.png", title="Accuracy against exposure")
+    plot_who_loses(result, folder / "compare-users.png", title="Who gains, and who loses")
 
 
 def _record(method: str, row: Row) -> dict[str, Any]:
+    from steerrec.comparison_results import TASTES
+
     record: dict[str, Any] = {
         "method": method,
         "budget": row.budget,
@@ -213,6 +224,9 @@ def _record(method: str, row: Row) -> dict[str, Any]:
         record |= {f"{name}_low": low, f"{name}_high": high}
     for name in ("ndcg", "ltc", "gini"):
         record[f"{name}_p"] = row.against.get(name, {}).get("p")
+    for i, taste in enumerate(TASTES):
+        for part, values in row.by_taste.items():
+            record[f"{part}_{taste}_taste"] = values[i]
     return record
 
 
@@ -236,7 +250,7 @@ def _print(result: Comparison) -> None:
             own = base[f"ndcg@{k}"]
             rows.append(
                 [
-                    method.name + (" (control)" if method.control else ""),
+                    _named(method),
                     f"{row.value:g}",
                     opt.number(metrics[f"ndcg@{k}"]),
                     opt.number(metrics[f"ndcg@{k}"] / own - 1 if own else None, "+.1%"),
@@ -251,3 +265,39 @@ def _print(result: Comparison) -> None:
                 ]
             )
         opt.print_table(f"{title}lowest Gini within {budget:.0%} of nDCG", columns, rows)
+    _print_who_loses(result, title, _shown(protocol["budgets"]))
+
+
+def _print_who_loses(result: Comparison, title: str, budget: float) -> None:
+    from steerrec.comparison_results import TASTES
+
+    columns = ["method", "head items", "mid", "tail"]
+    columns += [f"{TASTES[0]} taste", *TASTES[1:], "users worse", "better"]
+    rows = []
+    for method in result.methods:
+        changes, by_taste = result.changes(method, budget), method.row(budget).by_taste
+        worse, better = (
+            [value for value in by_taste[part] if value is not None] for part in ("worse", "better")
+        )
+        rows.append(
+            [
+                _named(method),
+                *(opt.number(value, "+.1%") for value in (*changes["targets"], *changes["tastes"])),
+                *(opt.number(sum(part) / len(part), ".1%") for part in (worse, better)),
+            ]
+        )
+    opt.print_table(
+        f"{title}at {budget:.0%}: change of nDCG by the group of the item that was taken next, and "
+        "by the users' own taste, three equal parts; users with lower and higher nDCG",
+        columns,
+        rows,
+    )
+
+
+def _shown(budgets: list[float]) -> float:
+    """The budget at which it is told who loses: 5 %, or the one in the middle."""
+    return 0.05 if 0.05 in budgets else sorted(budgets)[len(budgets) // 2]
+
+
+def _named(method: MethodResult) -> str:
+    return method.name + (" (control)" if method.control else "")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from steerrec.autoencoder import SparseAutoencoder as SparseAutoencoder
     from steerrec.capturing import capture as capture
     from steerrec.comparison import compare as compare
+    from steerrec.comparison_plots import plot_frontiers as plot_frontiers
+    from steerrec.comparison_plots import plot_who_loses as plot_who_loses
     from steerrec.comparison_results import Comparison as Comparison
     from steerrec.conformance import check_conformance as check_conformance
     from steerrec.data import Catalogue as Catalogue
@@ -62,7 +64,6 @@ if TYPE_CHECKING:
     from steerrec.recommender import Recommender as Recommender
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_ablations as plot_ablations
-    from steerrec.report import plot_frontiers as plot_frontiers
     from steerrec.report import plot_tradeoff as plot_tradeoff
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
@@ -132,8 +133,9 @@ _HOME = {
     "neuron_effects": "explaining",
     "strongest_alone": "explaining",
     "plot_ablations": "report",
-    "plot_frontiers": "report",
+    "plot_frontiers": "comparison_plots",
     "plot_tradeoff": "report",
+    "plot_who_loses": "comparison_plots",
     "popularity_contrast": "profiles",
     "pull": "pulling",
     "push": "pushing",

@@ -25,7 +25,14 @@ from steerrec.choosing import BUDGETS, CRITERIA, choose, hypervolume, metric_of
 from steerrec.comparison_results import plain
 from steerrec.data import Split
 from steerrec.errors import DataError, MethodError, SiteError
-from steerrec.evaluation import capture_held_out, measure_lists, rank, rank_steered
+from steerrec.evaluation import (
+    CapturedUsers,
+    Which,
+    capture_held_out,
+    measure_lists,
+    rank,
+    rank_steered,
+)
 from steerrec.files import write_json
 from steerrec.layers import site_at, site_report
 from steerrec.profiles import popularity_contrast, users_by_taste
@@ -33,7 +40,6 @@ from steerrec.progress import track
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site
 from steerrec.steering import Steering
-from steerrec.tradeoff import sweep
 from steerrec.training import SAETraining, reconstruction_report, train_autoencoder
 
 NEURONS = (1, 3, 10, 30, 100, 300, 1000)
@@ -148,6 +154,7 @@ def ablate(
     training: SAETraining | None = None,
     sampling: ActivationSampling | None = None,
     users: int = 8192,
+    max_users: int | None = None,
     k: int = 10,
     mask_seen: bool = False,
     seed: int = 0,
@@ -173,6 +180,8 @@ def ablate(
         How SAEs are trained, where a study trains some; `latents` and `k` are those of `sae`.
     users
         Synthetic users of each group.
+    max_users
+        How many held-out users are ranked, drawn by the seed; all by default.
     k, mask_seen
         Length of the lists, and whether items of a user's history are left out of them.
     seed
@@ -194,6 +203,11 @@ def ablate(
         if study not in STUDIES:
             raise MethodError(f"no study {study!r}; there are {', '.join(STUDIES)}")
     training = replace(training or SAETraining(), latents=sae.d_sae, k=sae.k, seed=seed)
+    captures: dict[Which, Callable[[], CapturedUsers]] = {
+        which: partial(capture_held_out, rec, split, which, max_users=max_users, seed=seed)
+        for which in ("valid", "test")
+    }
+    held_out = {which: capture() for which, capture in captures.items()}
     with TemporaryDirectory() as work:
         bench = _Bench(
             rec,
@@ -213,7 +227,7 @@ def ablate(
             "mask_seen": mask_seen,
             "k": k,
             "items": len(rec.catalogue),
-            "users": len(split.held_out("test")[0]),
+            "users": len(held_out["test"].histories),
             "training": asdict(training),
             "sampling": asdict(bench.sampling),
             "synthetic_users": users,
@@ -229,7 +243,7 @@ def ablate(
                 file = Path(folder) / "variants" / f"{about}-{name}.json"
             row = None if file is None else _kept(file)
             if row is None:
-                row = _measure(rec, split, variant, k=k, mask_seen=mask_seen)
+                row = _measure(rec, variant, held_out, captures, k=k, mask_seen=mask_seen)
                 if file is not None:
                     write_json(file, plain(asdict(row)))
             rows.append(row)
@@ -341,7 +355,9 @@ class _Bench:
         sites = [site_at(self.rec, path) for path in paths]
         for site in [*(site for site in sites if site.path != self.site.path), self.site]:
             for positions in ("user", "real"):
-                if positions == "real" and (site.layout == "BH" or site.positions_from == "last"):
+                if positions == "real" and (
+                    site.layout == "BH" or site.positions_from == "last" or site == self.rec.site
+                ):  # of the scored vectors only the user's is read
                     continue
 
                 def make(
@@ -437,35 +453,37 @@ def blocks(rec: Recommender) -> list[str]:
 
 
 def _measure(
-    rec: Recommender, split: Split, variant: Variant, *, k: int, mask_seen: bool
+    rec: Recommender,
+    variant: Variant,
+    held_out: dict[Which, CapturedUsers],
+    captures: dict[Which, Callable[[], CapturedUsers]],
+    *,
+    k: int,
+    mask_seen: bool,
 ) -> Ablation:
     sae, steering, site, facts = variant.make()
-    capture = partial(capture_held_out, rec, split, "valid")
-    users = capture()
-    base = measure_lists(
-        rec, users, rank(rec, users, k=k, mask_seen=mask_seen), mask_seen=mask_seen
-    )
-    own = metric_of(base.metrics, "ndcg")
+
+    def metrics(which: Which, alpha: float) -> dict[str, float]:
+        users = held_out[which]
+        if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
+            lists = rank(rec, users, k=k, mask_seen=mask_seen)
+        else:
+            recipe, capture = steering.with_alpha(alpha), captures[which]
+            lists = rank_steered(
+                rec, sae, recipe, users, capture, site=site, k=k, mask_seen=mask_seen
+            )
+        return measure_lists(rec, users, lists, mask_seen=mask_seen).metrics
+
+    own = metric_of(metrics("valid", 0.0), "ndcg")
     if not own > 0:
         raise DataError("the model finds no target of the validation users: nDCG is 0")
-
-    def lost(alpha: float) -> float:
-        recipe = steering.with_alpha(alpha)
-        lists = rank_steered(rec, sae, recipe, users, capture, site=site, k=k, mask_seen=mask_seen)
-        found = measure_lists(rec, users, lists, mask_seen=mask_seen)
-        return 1 - metric_of(found.metrics, "ndcg") / own
-
-    highest = reaching(lost, LOST)
-    alphas = [highest * (i + 1) / SETTINGS for i in range(SETTINGS)]
-    swept = sweep(rec, sae, steering, split, site=site, alphas=alphas, k=k, mask_seen=mask_seen)
-    return Ablation(
-        variant.study,
-        variant.label,
-        facts,
-        [point.alpha for point in swept.points],
-        [point.valid.metrics for point in swept.points],
-        [point.test.metrics for point in swept.points],
+    highest = reaching(lambda alpha: 1 - metric_of(metrics("valid", alpha), "ndcg") / own, LOST)
+    alphas = [highest * i / SETTINGS for i in range(SETTINGS + 1)]
+    valid, test = (
+        [metrics(which, alpha) for alpha in track(alphas, f"strengths on {which}", unit="alpha")]
+        for which in held_out
     )
+    return Ablation(variant.study, variant.label, facts, alphas, valid, test)
 
 
 def reaching(lost: Callable[[float], float], goal: float) -> float:

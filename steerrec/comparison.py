@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from steerrec.choosing import BUDGETS, CRITERIA, By, choose, hypervolume, metric_of
-from steerrec.comparison_results import Comparison, MethodResult, Row, Setting, keep, kept, plain
+from steerrec.comparison_results import (
+    TASTES,
+    Comparison,
+    MethodResult,
+    Row,
+    Setting,
+    keep,
+    kept,
+    plain,
+)
 from steerrec.data import Split
 from steerrec.errors import DataError
 from steerrec.evaluation import CapturedUsers, Which, capture_held_out, measure_lists
@@ -52,6 +61,7 @@ def compare(
     k: int = 10,
     mask_seen: bool = False,
     pool: int = 200,
+    max_users: int | None = None,
     budgets: Sequence[float] = BUDGETS,
     replicates: int = 500,
     seed: int = 0,
@@ -76,7 +86,11 @@ def compare(
     k, mask_seen
         See `measure`.
     pool
-        How many of a user's best items re-rankers choose from that cannot rank the catalogue.
+        How many of a user's best items re-rankers choose from that cannot rank the catalogue; at
+        least the 100 of `Row.outside`.
+    max_users
+        How many held-out users are ranked, on validation and on test, drawn by the seed; all by
+        default.
     budgets
         Shares of nDCG that may be lost.
     replicates, seed
@@ -98,7 +112,16 @@ def compare(
         known = ", ".join(methods)
         raise DataError(f"the reference {reference!r} is not among the methods: {known}")
     parts = {
-        which: _measured(rec, split, which, k=k, pool=pool, mask_seen=mask_seen, seed=seed)
+        which: _measured(
+            rec,
+            split,
+            which,
+            k=k,
+            pool=pool,
+            max_users=max_users,
+            mask_seen=mask_seen,
+            seed=seed,
+        )
         for which in _PARTS
     }
     protocol = {
@@ -147,6 +170,7 @@ def compare(
 
 
 _PARTS: tuple[Which, ...] = ("valid", "test")
+_FORMAT = 2  # of what is kept of a method
 
 
 # --- one method
@@ -200,10 +224,7 @@ def _run(
                     interval=dict(sample.interval(measured)),
                     against={},
                     outside=_outside(lists, part.nearest),
-                    by_taste={
-                        "unsteered": _by_part(unsteered, part.taste),
-                        "method": _by_part(evaluation.user_ndcg, part.taste),
-                    },
+                    by_taste=_by_taste(evaluation.user_ndcg, unsteered, part.taste),
                 )
             )
     whole_catalogue = "vectors" in method.needs
@@ -228,10 +249,11 @@ def _measured(
     *,
     k: int,
     pool: int,
+    max_users: int | None,
     mask_seen: bool,
     seed: int,
 ) -> _Measured:
-    users = capture_held_out(rec, split, which)
+    users = capture_held_out(rec, split, which, max_users=max_users, seed=seed)
     candidates = gather_candidates(
         users.vectors,
         rec.item_head,
@@ -247,14 +269,14 @@ def _measured(
 
 
 def _taste(users: CapturedUsers, counts: np.ndarray[Any, Any]) -> Tensor:
-    """Third of the users that each is in, by the mean log count of the history, [U]."""
+    """Which of `TASTES` each user has, by the mean log count of the history, [U]."""
     histories = users.histories
     owner = np.repeat(np.arange(len(histories)), histories.lengths)
     weights = np.log1p(counts.astype(np.float64))[histories.items]
     mean = np.bincount(owner, weights, minlength=len(histories)) / np.maximum(histories.lengths, 1)
     place = np.empty(len(mean), dtype=np.int64)
     place[np.argsort(mean, kind="stable")] = np.arange(len(mean))
-    return torch.from_numpy(3 * place // max(len(mean), 1))
+    return torch.from_numpy(len(TASTES) * place // max(len(mean), 1))
 
 
 def _top(lists: Tensor) -> TopK:
@@ -273,15 +295,25 @@ def _user_ndcg(rec: Recommender, part: _Measured, lists: Tensor) -> Tensor:
 
 def _outside(lists: Tensor, nearest: Tensor) -> float:
     """Share of filled slots whose item is not among the user's best."""
-    at = torch.searchsorted(nearest, lists).clamp_max(nearest.shape[1] - 1)
+    at = torch.searchsorted(nearest, lists.contiguous()).clamp_max(nearest.shape[1] - 1)
     filled = lists >= 0
     inside = (nearest.gather(1, at) == lists) & filled
     return 1 - float(inside.sum()) / max(int(filled.sum()), 1)
 
 
-def _by_part(user_ndcg: Tensor, parts: Tensor) -> list[float | None]:
-    chosen = (user_ndcg[parts == part] for part in range(3))
-    return [float(values.double().mean()) if len(values) else None for values in chosen]
+def _by_taste(ndcg: Tensor, unsteered: Tensor, taste: Tensor) -> dict[str, list[float | None]]:
+    """See `Row.by_taste`; users without a part of theirs give None."""
+    of_users = {
+        "unsteered": unsteered,
+        "method": ndcg,
+        "worse": ndcg < unsteered,
+        "better": ndcg > unsteered,
+    }
+    found: dict[str, list[float | None]] = {}
+    for name, values in of_users.items():
+        parts = [values[taste == part].double() for part in range(len(TASTES))]
+        found[name] = [float(part.mean()) if len(part) else None for part in parts]
+    return found
 
 
 def _paired(
@@ -309,7 +341,7 @@ def _described(method: Reranker) -> dict[str, Any]:
 
 
 def _digest(protocol: dict[str, Any], parts: dict[Which, _Measured]) -> str:
-    sha = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps([_FORMAT, protocol], sort_keys=True).encode())
     for part in parts.values():
         for tensor in (part.users.vectors, part.candidates.ids, part.users.targets):
             if tensor is not None:

@@ -12,7 +12,11 @@ import numpy as np
 
 from steerrec.choosing import By
 from steerrec.files import write_json
+from steerrec.metrics import GROUP_NAMES
 from steerrec.significance import Replicates
+
+TASTES = ("rare", "mixed", "popular")
+"""Three equal parts of the users, by the mean log popularity of what they have taken."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Row:
     outside
         Share of list slots whose item is not among the user's 100 best of the unsteered model.
     by_taste
-        nDCG of three equal parts of the users, by the mean popularity of what they have taken, the
-        fans of rare items first: `unsteered` and `method`.
+        For the parts of the users named by `TASTES`: nDCG `unsteered` and by the `method`, and the
+        shares of users for whom it is `worse` and `better`.
     """
 
     budget: float
@@ -128,10 +132,31 @@ class Comparison:
     methods: tuple[MethodResult, ...]
     ranking_milliseconds: float
 
+    def changes(self, method: MethodResult, budget: float) -> dict[str, list[float | None]]:
+        """Who gains and who loses: relative changes of nDCG, None where there was none to lose.
+
+        Returns
+        -------
+        dict
+            `targets`: by the group of the item that was taken next, head, mid, tail. `tastes`: by
+            the users' own taste, see `TASTES`.
+        """
+        k, row = self.protocol["k"], method.row(budget)
+        names = [f"ndcg_{group}@{k}" for group in GROUP_NAMES]
+        targets = [_relative(row.metrics[name], self.base["test"][name]) for name in names]
+        pairs = zip(row.by_taste["method"], row.by_taste["unsteered"], strict=True)
+        return {"targets": targets, "tastes": [_relative(new, own) for new, own in pairs]}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values; what is undefined becomes null."""
         found: dict[str, Any] = plain(asdict(self))
         return found
+
+
+def _relative(new: float | None, own: float | None) -> float | None:
+    if new is None or own is None or not own > 0:
+        return None
+    return new / own - 1
 
 
 def keep(path: Path, key: str, found: tuple[MethodResult, dict[str, Replicates]]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerrec.ablations import Ablations
-from steerrec.comparison_results import Comparison
 from steerrec.files import atomic_file
 from steerrec.tradeoff import Sweep
 
@@ -69,83 +67,6 @@ def plot_tradeoff(sweep: Sweep, path: str | Path, *, title: str, budget: float =
         figure.savefig(temporary, format=suffix, dpi=160)
 
 
-def plot_frontiers(comparison: Comparison, path: str | Path, *, title: str) -> None:
-    """Draw what every method reaches within the budgets, nDCG against Gini and against LTC.
-
-    Each line goes through the test metrics of the settings of one method, from the unchanged lists
-    to a tenth of nDCG lost; controls are dotted. Marked is what is chosen on validation at 5 %.
-
-    Parameters
-    ----------
-    comparison
-        From `steerrec.compare`.
-    path
-        Where to; the suffix says the format: PNG, SVG or PDF.
-    title
-        What was compared, in a line.
-    """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    protocol, base = comparison.protocol, comparison.base["test"]
-    k = protocol["k"]
-    figure = Figure(figsize=(12.5, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    lowest = 0.88 * base[f"ndcg@{k}"]
-    panels = (
-        (f"gini@{k}", f"Gini@{k} of item exposure  (lower is fairer)"),
-        (f"ltc@{k}", f"Long-tail coverage@{k}  (higher is better)"),
-    )
-    both = figure.subplots(1, 2)
-    for axes, (metric, label) in zip(both, panels, strict=True):
-        for method, colour in zip(comparison.methods, cycle(colours), strict=False):
-            points = [s.test for s in method.settings if s.test[f"ndcg@{k}"] >= lowest]
-            axes.plot(
-                [point[f"ndcg@{k}"] for point in points],
-                [point[metric] for point in points],
-                color=colour,
-                lw=1.8,
-                ls=":" if method.control else "-",
-                marker="o",
-                ms=3,
-                label=method.name,
-            )
-            if any(row.budget == 0.05 for row in method.rows):
-                chosen = method.row(0.05).metrics
-                axes.scatter(
-                    [chosen[f"ndcg@{k}"]], [chosen[metric]], s=70, color=colour, zorder=4, ec="k"
-                )
-        axes.scatter([base[f"ndcg@{k}"]], [base[metric]], s=90, color=_GREY, zorder=5)
-        axes.margins(x=0.08, y=0.1)
-        shown = [s.test for m in comparison.methods if not m.control for s in m.settings]
-        near = [point[metric] for point in shown if point[f"ndcg@{k}"] >= lowest]
-        if near:  # a control that leaves the picture may do so
-            room = 0.06 * (max(near) - min(near) or 1.0)
-            axes.set_ylim(min(near) - room, max(near) + room)
-        axes.set_ylabel(label)
-        axes.set_xlabel(f"nDCG@{k}  (higher is better)")
-        _plain_axes(axes)
-    figure.legend(
-        *both[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=6,
-        frameon=False,
-        fontsize=9.5,
-    )
-    seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
-    subtitle = (
-        f"{protocol['users']['test']:,} users, {protocol['items']:,} items, test split, {seen}; "
-        "ringed: chosen on validation at 5 %"
-    )
-    figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
-    figure.text(0.01, 0.93, subtitle, fontsize=9.5, color="#555b64")
-    suffix = Path(path).suffix.lstrip(".") or "png"
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=160)
-
-
 def plot_ablations(ablations: Ablations, path: str | Path, *, title: str) -> None:
     """Draw the hypervolumes of all variants, study by study, beside those of the unvaried one.
 
@@ -162,46 +83,65 @@ def plot_ablations(ablations: Ablations, path: str | Path, *, title: str) -> Non
     from matplotlib.figure import Figure
 
     usual, *rows = ablations.rows
-    places, labels, y = [], [], 0.0
+    places, labels, headings, y = [], [], [], 0.0
     for i, row in enumerate(rows):
-        if i and row.study != rows[i - 1].study:
-            y += 0.8  # a gap between studies
+        if not i or row.study != rows[i - 1].study:
+            y += 0.6 if i else 0.0  # a gap between studies
+            headings.append((y, row.study))
+            y += 1
         places.append(y)
-        first = not i or row.study != rows[i - 1].study
-        labels.append(f"{row.study}:  {row.label}" if first else row.label)
+        labels.append(row.label)
         y += 1
-    figure = Figure(figsize=(10.5, 1.8 + 0.24 * (y + 1)), layout="constrained")
+    figure = Figure(figsize=(11.0, 2.4 + 0.22 * y), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (("gini", "gain in Gini (HV)"), ("ltc", "gain in long-tail coverage (HV)"))
     both = figure.subplots(1, 2, sharey=True)
+    colours = [_GREY if row.study == "controls" else _BLUE for row in rows]
     for axes, (by, label) in zip(both, panels, strict=True):
         values = [row.hypervolume[by] for row in rows]
         axes.axvline(usual.hypervolume[by], color=_ORANGE, lw=1.5, label="as it is")
-        axes.hlines(places, 0, values, color=_BLUE, lw=1.5, alpha=0.45)
-        axes.scatter(values, places, s=26, color=_BLUE, zorder=3, label="varied")
+        axes.hlines(places, 0, values, colors=colours, lw=1.5, alpha=0.45)
+        for colour, name in ((_BLUE, "one thing varied"), (_GREY, "control")):
+            chosen = [i for i, own in enumerate(colours) if own == colour]
+            if chosen:
+                axes.scatter(
+                    [values[i] for i in chosen],
+                    [places[i] for i in chosen],
+                    s=28,
+                    color=colour,
+                    zorder=3,
+                    clip_on=False,
+                    label=name,
+                )
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"{label}  (more is better)")
-        _plain_axes(axes)
+        axes.set_xlabel(f"{label}  (more is better)", fontsize=11)
+        plain_axes(axes)
         axes.grid(axis="y", visible=False)
-    both[0].set_yticks(places, labels, fontsize=9)
-    both[0].invert_yaxis()
-    both[0].tick_params(axis="y", length=0)
-    both[1].tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
+    ticks = sorted([*zip(places, labels, strict=True), *headings])
+    both[0].set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=9.5)
+    bold = {place for place, _ in headings}
+    for tick, (place, _) in zip(both[0].get_yticklabels(), ticks, strict=True):
+        tick.set_fontweight("bold" if place in bold else "normal")
+    both[0].set_ylim(y - 0.2, -0.8)
     handles = both[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     protocol = ablations.protocol
     seen = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
     subtitle = (
         f"{protocol['users']:,} users, {protocol['items']:,} items, test split, {seen}; mean gain "
         "within 10 % of nDCG, chosen on validation"
     )
-    figure.suptitle(f"{title}\n{subtitle}", fontsize=10, color="#555b64", x=0.01, ha="left")
+    figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    height = figure.get_size_inches()[1]
+    figure.text(0.01, 1 - 0.52 / height, subtitle, fontsize=10, color="#555b64")
     suffix = Path(path).suffix.lstrip(".") or "png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
 
 
-def _plain_axes(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """Axes with a light grid and no frame."""
     axes.grid(color="#e6e8eb", lw=0.8)
     axes.set_axisbelow(True)
     for edge in ("top", "right"):
@@ -240,7 +180,7 @@ def _draw(axes: Axes, sweep: Sweep, metric: str, budget: float) -> None:
         label.set_gid("strength")
         label.set_zorder(7 if point.alpha == chosen.alpha else 6)
     axes.margins(x=0.08, y=0.1)
-    _plain_axes(axes)
+    plain_axes(axes)
 
 
 def _thin_out(axes: Axes) -> None:

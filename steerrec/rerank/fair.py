@@ -21,9 +21,11 @@ from itertools import accumulate
 from math import comb
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from steerrec.data import TAIL
+from steerrec.errors import MethodError
 from steerrec.rerank.base import Need, Reranker, check_range
 from steerrec.rerank.candidates import Candidates
 from steerrec.rerank.filling import fill
@@ -42,6 +44,9 @@ class FairTopK(Reranker):
         that may fail it.
     adjusted
         Whether the significance is corrected for testing every prefix.
+    pool
+        Choose among so many best items of a user, as the paper does from a candidate set; where no
+        protected one is left among them the best other is taken. By default from the catalogue.
     """
 
     name: ClassVar[str] = "fair"
@@ -55,24 +60,41 @@ class FairTopK(Reranker):
     p: float = 0.5
     alpha: float = 0.1
     adjusted: bool = True
+    pool: int | None = None
 
     def __post_init__(self) -> None:
         check_range("p", self.p, 0, 0.999)
         check_range("alpha", self.alpha, 0, 0.999)
+        check_range("pool", 1 if self.pool is None else self.pool, 1)
 
     def lists(self, candidates: Candidates) -> Tensor:
         """Lists of which every prefix passes, as far as there are tail items, [U, k]."""
         table = m_table(candidates.k, self.p, self.alpha, adjusted=self.adjusted)
         grouped = candidates.grouped
+        size = self._size(candidates)
         places = grouped.ids.shape[1] * grouped.ids.shape[2]
 
         def utility(place: int, taken: Tensor) -> Tensor:
             worth = -grouped.next(grouped.order, taken).double()
             needed = taken[:, TAIL] < table[place]
             worth[:, TAIL] += needed * places  # ahead of every other item
-            return worth
+            return worth.masked_fill(grouped.next(grouped.ranks, taken) >= size, -torch.inf)
 
         return fill(grouped, utility)[0]
+
+    def _size(self, candidates: Candidates) -> int:
+        """Below which place in a user's ranking an item is a candidate."""
+        items = len(candidates.labels)
+        if self.pool is None:
+            return items + 1
+        size = min(self.pool, items)
+        if not candidates.k <= size <= candidates.pool:
+            raise MethodError(
+                f"fair chooses {candidates.k} among {size} items, and the candidates' pool holds "
+                f"{candidates.pool}; expected a pool of at least k and at most that of the "
+                "candidates: gather them with a larger one, or choose among fewer"
+            )
+        return size
 
 
 def m_table(k: int, p: float, alpha: float, *, adjusted: bool = True) -> list[int]:

@@ -41,8 +41,8 @@ class IPR(Reranker):
     name: ClassVar[str] = "ipr"
     strength: ClassVar[str] = "alpha"
     settings: ClassVar[tuple[float, ...]] = (
-        *(0, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2),
-        *(3, 5, 7, 10, 15, 20, 30, 50, 70, 100),
+        *(0, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3),
+        *(5, 7, 10, 15, 20, 30, 50, 100, 300, 1000),
     )
     needs: ClassVar[tuple[Need, ...]] = ("vectors", "counts")
 

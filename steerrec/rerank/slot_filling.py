@@ -114,10 +114,21 @@ def _clashes(items: Tensor, user: Tensor, taken: Tensor, num_items: int) -> Tens
 
 
 def _from_the_pool(lists: Tensor, candidates: Candidates) -> Tensor:
-    """Empty places filled with the user's best item that is not listed yet."""
-    for row, place in (lists < 0).nonzero().tolist():
-        pool = candidates.ids[row]
-        free = pool[(pool >= 0) & ~torch.isin(pool, lists[row])]
-        if len(free):
-            lists[row, place] = free[0]
+    """Empty places filled with the user's best items that are not listed yet, best first."""
+    users = (lists < 0).any(dim=1).nonzero()[:, 0]
+    rows, pool = lists[users], candidates.ids[users]  # [R, k], [R, m]
+    listed = rows.sort(dim=1).values
+    at = torch.searchsorted(listed, pool).clamp(max=rows.shape[1] - 1)
+    free = (pool >= 0) & (listed.gather(1, at) != pool)
+    pool = pool.masked_fill(~free, -1)
+    pool = pool.gather(1, free.byte().argsort(dim=1, descending=True, stable=True))
+    empty = rows < 0
+    nth = (empty.cumsum(dim=1) - 1).clamp(min=0)  # of a user's empty places
+    lists[users] = torch.where(empty, _nth(pool, nth), rows)
     return lists
+
+
+def _nth(values: Tensor, nth: Tensor) -> Tensor:
+    """The n-th of each row [R, m], -1 beyond its end, [R, k]."""
+    found = values.gather(1, nth.clamp(max=values.shape[1] - 1))
+    return found.masked_fill(nth >= values.shape[1], -1)

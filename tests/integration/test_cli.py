@@ -447,7 +447,17 @@ def test_compare_writes_table_json_and_plot(cli, world, tmp_path):
     assert json.loads((folder / "compare.json").read_text()) == found
     table = pl.read_csv(folder / "compare.csv")
     assert len(table) == 5 * 3 * 2
-    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("compare.png", "compare-users.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    row = next(r for r in found["methods"][2]["rows"] if (r["budget"], r["by"]) == (0.05, "gini"))
+    line = table.row(
+        by_predicate=(pl.col("method") == "logit-adjustment")
+        & (pl.col("budget") == 0.05)
+        & (pl.col("chosen_by") == "gini"),
+        named=True,
+    )
+    tastes = ("rare", "mixed", "popular")
+    assert [line[f"worse_{taste}_taste"] for taste in tastes] == row["by_taste"]["worse"]
 
     swept = cli("evaluate", world.model, "--data", world.data, "--json").json
     assert found["base"]["test"] == pytest.approx(swept["metrics"], nan_ok=True)
@@ -459,14 +469,15 @@ def test_compare_writes_table_json_and_plot(cli, world, tmp_path):
     assert printed.code == 0
     assert "logit-adjustment" in printed.out
     assert "within 10% of nDCG" in printed.out
+    assert "at 5%: change of nDCG by the group of the item" in printed.out
+    assert "rare taste" in printed.out
 
 
 def test_compare_refuses_what_it_does_not_know(cli, world, tmp_path):
     command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
     unknown = cli(*command, "-o", tmp_path / "c", "--methods", "popster")
     assert unknown.code == 1
-    assert "no method 'popster'" in unknown.err
-    assert "popsteer" in unknown.err
+    assert "no method 'popster'; did you mean popsteer? there are popsteer," in unknown.err
     assert not (tmp_path / "c").exists()
 
 

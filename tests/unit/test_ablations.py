@@ -17,6 +17,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.choosing import choose, hypervolume
 from steerrec.data import Histories, leave_one_out
 from steerrec.errors import MethodError, SiteError
+from steerrec.evaluation import capture_held_out, measure
 from steerrec.profiles import popularity_contrast, synthetic_users, users_by_taste
 from steerrec.report import plot_ablations
 from steerrec.steering import Steering
@@ -143,15 +144,23 @@ def test_sites_are_the_blocks_of_the_model_at_one_position_or_all():
     sae = SparseAutoencoder(8, LATENTS, K).requires_grad_(False)
     found = ablate(rec, split, sae, studies=("site",), **QUICK)
     expected = [
-        f"{path}, {where}"
-        for path in (*paths, rec.site.path)
-        for where in ("the user's position", "every position")
+        f"{path}, {where}" for path in paths for where in ("the user's position", "every position")
     ]
+    expected.append(f"{rec.site.path}, the user's position")  # nothing reads its others
     assert list(rows(found, "site")) == expected
     deep = rows(found, "site")[f"{paths[0]}, every position"]
     assert deep.test != rows(found, "site")[f"{paths[0]}, the user's position"].test
     only = ablate(rec, split, sae, studies=("site",), layers=[paths[1]], **QUICK)
-    assert len(rows(only, "site")) == 4
+    assert len(rows(only, "site")) == 3
+
+
+def test_a_sample_of_the_users_is_the_same_for_all_variants(rec, split, sae):
+    found = ablate(rec, split, sae, studies=("splice",), max_users=50, **QUICK)
+    assert found.protocol["users"] == 50
+    users = capture_held_out(rec, split, "test", max_users=50, seed=0)
+    unsteered = measure(rec, users, k=5).metrics
+    for row in found.rows:
+        assert row.test[0] == pytest.approx(unsteered, nan_ok=True)
 
 
 def test_a_model_without_blocks_is_told_of(rec, split, sae):
@@ -168,7 +177,7 @@ def test_what_is_done_is_not_done_again(rec, split, sae, tmp_path, monkeypatch):
     measured = []
     own = ablations._measure
     monkeypatch.setattr(
-        ablations, "_measure", lambda *a, **o: measured.append(a[2].label) or own(*a, **o)
+        ablations, "_measure", lambda *a, **o: measured.append(a[1].label) or own(*a, **o)
     )
     first = ablate(rec, split, sae, studies=("splice",), folder=tmp_path, **QUICK)
     assert len(measured) == 4

@@ -98,11 +98,11 @@ def test_long_lists_take_no_time():
     assert m_table(100, 0.98, 0.1)[-1] > 90
 
 
-def naive_lists(case, table):
-    """Algorithm 2 of the paper, over all items."""
+def naive_lists(case, table, size=None):
+    """Algorithm 2 of the paper, over all items or the best of them."""
     lists = []
     for user in range(len(case.scores)):
-        ranking = case.ranking(user)
+        ranking = case.ranking(user)[:size]
         protected = [i for i in ranking if case.labels[i] == TAIL]
         others = [i for i in ranking if case.labels[i] != TAIL]
         made, held = [], 0
@@ -125,6 +125,23 @@ def test_against_the_paper_in_a_loop():
         table = m_table(case.k, p, alpha)
         got = FairTopK(p=p, alpha=alpha).lists(case.candidates)
         assert got.tolist() == naive_lists(case, table)
+
+
+def test_a_pool_is_the_paper_on_a_shorter_ranking():
+    for number, case in enumerate(random_worlds(200, seed=9)):
+        p, size = FairTopK.settings[number % 20], case.candidates.pool
+        table = m_table(case.k, p, 0.1)
+        got = FairTopK(p=p, pool=size).lists(case.candidates)
+        assert got.tolist() == naive_lists(case, table, size)
+
+
+def test_a_pool_of_k_leaves_the_items_and_a_larger_one_than_there_is_is_refused():
+    case = world([[9.0, 8.0, 7.0, 6.0]], labels=[HEAD, TAIL, HEAD, TAIL], k=2, pool=3)
+    assert FairTopK(p=0.99, pool=2).lists(case.candidates).tolist() == [[1, 0]]
+    assert FairTopK(p=0.99).lists(case.candidates).tolist() == [[1, 3]]  # beyond the pool
+    for pool in (1, 4, 9):
+        with pytest.raises(MethodError, match="the candidates' pool holds 3; expected a pool of"):
+            FairTopK(pool=pool).lists(case.candidates)
 
 
 def test_every_prefix_passes_where_the_tail_is_long_enough():

@@ -103,6 +103,29 @@ def test_two_groups_against_brute_force():
         assert abs(got - torch.tensor(even)).max() < 1  # up to the grid
 
 
+def test_three_groups_against_brute_force():
+    """All ways to share out whole quarters: the least change of all that meet the constraint.
+
+    What can be moved is moved in whole units by some best solution, as in any flow of whole
+    amounts, so the grid loses nothing.
+    """
+    grid, rng = 4, np.random.default_rng(2)
+    ways = np.array([q for q in np.ndindex(*(grid + 1,) * 3) if sum(q) == grid])  # [W, G]
+    for _ in range(150):
+        users = int(rng.integers(1, 4))
+        own, other = (ways[rng.integers(len(ways), size=users)] for _ in range(2))
+        picks = np.array(list(np.ndindex(*(len(ways),) * users)))  # a way for each user
+        totals = ways[picks].sum(axis=1)
+        meets = picks[(totals == other.sum(axis=0)).all(axis=1)]
+        least = abs(ways[meets] - own).sum(axis=(1, 2)).min()
+        shares = torch.from_numpy(own / grid)
+        targets = personal_targets(shares, torch.from_numpy(other.mean(axis=0) / grid))
+        assert float((targets - shares).abs().sum()) * grid == pytest.approx(least, abs=1e-9)
+        assert targets.mean(dim=0).numpy() * grid == pytest.approx(other.mean(axis=0), abs=1e-9)
+        assert targets.sum(dim=1).numpy() == pytest.approx(np.ones(users))
+        assert (targets >= -1e-12).all()
+
+
 def test_targets_by_hand():
     shares = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
     targets = personal_targets(shares, torch.tensor([0.3, 0.7], dtype=torch.float64))

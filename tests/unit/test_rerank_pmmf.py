@@ -91,18 +91,25 @@ def test_projection_against_bisection():
 
 
 def test_projection_against_cvxpy():
-    """The published programme as its authors solve it, where their solver is installed."""
+    """The published programme, in its own variables mu, solved for thousands of points."""
     cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed: the solvers above are enough")
     rng = np.random.default_rng(6)
-    for _ in range(100):
-        providers = int(rng.integers(1, 8))
-        moved, lam = points(rng, 1, providers)
-        y, order = cp.Variable(providers), np.argsort(moved[0])
-        prefixes = [cp.sum(y[: n + 1]) >= -lam for n in range(providers)]
-        problem = cp.Problem(cp.Minimize(cp.sum_squares(y - moved[0][order])), prefixes)
-        problem.solve(solver="OSQP", eps_abs=1e-10, eps_rel=1e-10, max_iter=100_000)
-        got = project(torch.from_numpy(moved), lam)[0].numpy()
-        assert abs(got[order] - y.value).max() < 1e-6
+    tight = {"eps_abs": 1e-10, "eps_rel": 1e-10, "max_iter": 100_000}
+    for _ in range(60):
+        providers = int(rng.integers(1, 9))
+        moved, lam = points(rng, 40, providers)  # gamma * mu
+        weights = rng.uniform(0.1, 1.5, providers)
+        mu, order = cp.Variable((40, providers)), np.argsort(moved, axis=1)
+        rows = np.arange(40)[:, None]
+        shift = cp.multiply(np.broadcast_to(weights, moved.shape), mu) - moved
+        sums = [  # the n smallest of each point
+            sum(cp.multiply(weights[order[:, i]], mu[rows[:, 0], order[:, i]]) for i in range(n))
+            for n in range(1, providers + 1)
+        ]
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(shift)), [s >= -lam for s in sums])
+        problem.solve(solver="OSQP", **tight)
+        got = project(torch.from_numpy(moved), lam).numpy()
+        assert abs(got - weights * mu.value).max() < 1e-6
 
 
 @settings(max_examples=100)
