@@ -16,7 +16,7 @@ SOURCES := steerrec adapters cli
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all benchmark lint types format clean distclean FORCE
+.PHONY: help install demo test test-all benchmark sae-libraries lint types format clean distclean FORCE
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,14 @@ test-all: $(VENV)/installed ## the slow tests too
 
 benchmark: $(VENV)/installed ## timings (tests/benchmarks)
 	$(RUN) -m pytest -m "" --benchmark-only tests/benchmarks
+
+# sae-lens brings about 120 packages, some older than ours: an environment of its own, outside `make test`.
+sae-libraries: ## SAEs against sae-lens, sparsify and dictionary_learning (sets up .venv-sae; large)
+	test -d .venv-sae || "$(PYTHON)" -m venv .venv-sae
+	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" \
+		"dictionary-learning==0.1.0" "eai-sparsify==1.3.3" pytest pytest-timeout pytest-benchmark sybil .
+	PYTHONSAFEPATH=1 .venv-sae/bin/python -m pytest -m "" tests/optional/test_sae_libraries.py \
+		tests/benchmarks/test_sae_training.py
 
 lint: $(VENV)/installed ## ruff: rules and formatting
 	$(RUN) -m ruff check
@@ -55,7 +63,7 @@ clean: ## remove what the targets made, except .venv
 	rm -f $(VENV)/installed
 
 distclean: clean ## remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-sae
 
 $(VENV)/created:
 	@test -n "$(PYTHON)" || { \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,14 @@ from typing import Annotated
 import typer
 
 from steerrec.cli import options as opt
+
+
+class SAEArchitecture(StrEnum):
+    """How latents become active in training."""
+
+    topk = "topk"
+    batchtopk = "batchtopk"
+    jumprelu = "jumprelu"
 
 
 def attach(
@@ -37,6 +46,15 @@ def attach(
         int | None, typer.Option("--latents", min=1, help="Latents of the SAE; 4096.")
     ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Latents active at once; 32.")] = None,
+    architecture: Annotated[
+        SAEArchitecture | None,
+        typer.Option(
+            "--architecture",
+            help="What is active: the k largest latents of a user (topk, the default) or of a "
+            "batch (batchtopk), or those above learned thresholds (jumprelu).",
+            show_default=False,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", min=1, help="Passes over the rows; 30, or 5 from a warm start."),
@@ -77,8 +95,13 @@ def attach(
     from steerrec.loading import holds_no_items
     from steerrec.training import SAETraining, fit_autoencoder
 
-    if warm_start is not None and (latents, k, call) != (None, None, "only"):
-        raise typer.BadParameter("--warm-start says itself which site, how many latents, and k")
+    if warm_start is not None and (latents, k, architecture, call) != (
+        *[None] * 3,
+        "only",
+    ):
+        raise typer.BadParameter(
+            "--warm-start says itself which site, how many latents, which architecture, and k"
+        )
     adding = opt.adds_to(output, force)
     before = None if warm_start is None else load_artifact(warm_start)
     start = None if before is None else before.at(layer)
@@ -103,7 +126,8 @@ def attach(
         opt.refuse_held(output, rec, site)
     split = opt.split_for(rec, interactions)
     if start is None:
-        training = SAETraining(latents=latents or 4096, k=k or 32)
+        chosen = SAEArchitecture.topk if architecture is None else architecture
+        training = SAETraining(latents=latents or 4096, k=k or 32, architecture=chosen.value)
     else:
         training = SAETraining.going_on(start.sae)
     work = opt.partial(output)

@@ -234,7 +234,7 @@ def read_site(folder: Path, root: Path, entry: Any) -> SiteArtifact:
     metadata = config.get("metadata")
     unknown = {
         RECORD: without(entry, {"site", "training"}),
-        CONFIG: without(config, {*here.sae.config(), "metadata"}),
+        CONFIG: without(config, {*here.sae.config(), *_FOLDED, "metadata"}),
         _IN_CONFIG: without(metadata, {"model_name", "hook_name", *_LAYOUT})
         if isinstance(metadata, dict)
         else {},
@@ -262,10 +262,11 @@ def read_entry(folder: Path, entry: Any) -> tuple[Site, dict[str, Any]]:
 def _read_sae(folder: Path, root: Path, config: Mapping[str, Any]) -> SparseAutoencoder:
     file = folder / CONFIG
     dtype = _DTYPES.get(str(config.get("dtype")))
-    if config.get("architecture") != "topk" or dtype is None:
-        kind = f"{shown(config.get('architecture'))} of {shown(config.get('dtype'))}"
+    architecture = config.get("architecture")
+    if architecture not in ("topk", "jumprelu") or dtype is None:
+        kind = f"{shown(architecture)} of {shown(config.get('dtype'))}"
         raise ArtifactError(
-            f"{file} describes an SAE {kind}; expected 'topk' of {', '.join(_DTYPES)}"
+            f"{file} describes an SAE {kind}; expected 'topk' or 'jumprelu' of {', '.join(_DTYPES)}"
         )
     for key, expected in _FOLDED.items():
         if config.get(key, expected) != expected:
@@ -273,10 +274,15 @@ def _read_sae(folder: Path, root: Path, config: Mapping[str, Any]) -> SparseAuto
                 f"{file} says {key} {shown(config[key])}; an artifact has {expected!r}: "
                 "`steerrec import-sae` reads SAEs of SAELens"
             )
-    d_in, d_sae, k = (_positive(config, key, file) for key in ("d_in", "d_sae", "k"))
-    if k > d_sae:
+    d_in, d_sae = (_positive(config, key, file) for key in ("d_in", "d_sae"))
+    jumps = architecture == "jumprelu"
+    k = None if jumps and "k" not in config else _positive(config, "k", file)
+    if k is not None and k > d_sae:
         raise ArtifactError(f"{file}: k is {k}, more than the {d_sae} latents")
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if jumps:
+        shapes["threshold"] = (d_sae,)
     with TensorFile(folder / WEIGHTS, root) as opened:
         opened.require(shapes, dtype)
         return SparseAutoencoder.from_weights({name: opened.read(name) for name in shapes}, k)

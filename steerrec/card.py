@@ -35,6 +35,10 @@ TITLES = {
 NEURONS = "neurons-"
 """How the results are called in which the strongest neurons of a contrast are described."""
 
+_MEANING = (
+    "LTC: share of the long tail that is recommended to anybody; Gini: inequality of exposure, 0 if "
+    "all items are recommended equally often; coverage: share of the catalogue that is recommended."
+)
 _MARK = re.compile(r"\n<!-- made by steerrec, sha256 ([0-9a-f]{64}) -->\n?\Z")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|~$!])")
 _LONGEST = 80  # characters of a title
@@ -118,8 +122,9 @@ def _base(artifact: Artifact) -> Iterator[str]:
 def _site(folder: str, here: SiteArtifact) -> Iterator[str]:
     found = _dig(here.training, "reconstruction")
     rows = [
+        ("architecture", _architecture(here)),
         ("latents", _count(here.sae.d_sae)),
-        ("active at once", _count(here.sae.k)),
+        ("active at once" + ", on average" * (here.sae.threshold is not None), _count(here.sae.k)),
         ("FVU on held-out users", _number(_dig(found, "fvu"))),
         ("L0", _number(_dig(found, "l0"), ".1f")),
         ("dead latents", _number(_dig(found, "dead_share"), ".2%")),
@@ -144,6 +149,12 @@ def _site(folder: str, here: SiteArtifact) -> Iterator[str]:
         yield "Recipes saved with it:\n\n" + _table(["recipe", "rule", "strength"], recipes)
 
 
+def _architecture(here: SiteArtifact) -> str:
+    trained = _dig(here.training, "training", "architecture")
+    own = here.sae.architecture
+    return f"{own}, trained as batchtopk" if trained == "batchtopk" != own else own
+
+
 def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:
     points = budget_points(here.results.get("sweep", {}))
     if not points:
@@ -152,13 +163,15 @@ def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:
     k = _dig(base, "protocol", "k")
     rows = [["unsteered", "0", *_metrics(base, k)]]
     for budget, alpha, point in chosen:
-        rows.append([f"{budget:.0%} budget", _number(alpha, "g"), *_metrics(point, k)])
+        found = [f"{budget:.0%} budget", _number(alpha, "g"), *_metrics(point, k)]
+        found[2] += _change(*(_dig(each, "metrics", f"ndcg@{k}") for each in (base, point)))
+        rows.append(found)
     rule = _dig(here.results["sweep"], "steering", "name")
     columns = ["", "strength", *(TITLES[m].format(k=k) for m in METRICS)]
     yield (
         f"### Before and after\n\nSteered by {_code(rule)}; for each budget of nDCG the strength "
         "with the lowest Gini that keeps it on validation, and nDCG on tail targets too, measured "
-        f"on test ({_protocol(base)}).\n\n" + _table(columns, rows)
+        f"on test ({_protocol(base)}). {_MEANING}\n\n" + _table(columns, rows)
     )
     if "sweep" in here.pictures:
         yield f"![nDCG against Gini and long-tail coverage]({folder}/results/sweep.png)"
@@ -188,7 +201,8 @@ def _compared(folder: str, here: SiteArtifact) -> Iterator[str]:
     yield (
         "### Compared with re-ranking\n\nEach method at the setting with the lowest Gini that "
         "keeps 95 % of nDCG, and nDCG on tail targets, on validation; measured on test. HV: "
-        "hypervolume up to 10 %.\n\n" + _table(columns, rows)
+        "hypervolume up to 10 %. Strength 0 is the unchanged list, where no other setting will do."
+        "\n\n" + _table(columns, rows)
     )
     if "compare" in here.pictures:
         yield f"![Frontiers of all methods]({folder}/results/compare.png)"
@@ -213,7 +227,8 @@ def _neurons(described: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"### Strongest neurons: {escaped(str(_dig(described, 'contrast', 'name')))}\n\n"
         f"Cohen's d between synthetic users of {labels[0]} (+) and {labels[1]} (−) items; the "
-        "items whose scores a neuron raises and lowers most while it is active.\n\n"
+        "items whose scores a neuron raises and lowers most while it is active. d compares "
+        "pre-activations: a neuron may differ between the groups and yet fire in neither.\n\n"
         + _table(columns, rows, numbers=4)
     )
 
@@ -324,6 +339,13 @@ def budget_points(
 
 def _metrics(found: Mapping[str, Any], k: object) -> list[str]:
     return [_number(_dig(found, "metrics", f"{m}@{k}"), ".4f") for m in METRICS]
+
+
+def _change(before: object, after: object) -> str:
+    """By how much a metric changed, in brackets; nothing where that is not known."""
+    if not (_finite(before) and _finite(after)) or not before:
+        return ""
+    return f" ({_number(after / before - 1, '+.1%')})"  # type: ignore[operator]
 
 
 def _protocol(found: Mapping[str, Any]) -> str:

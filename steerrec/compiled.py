@@ -1,4 +1,4 @@
-"""Whether the loops of `steerrec.kernels` may stand in for torch operations, and their arrays."""
+"""Whether the loops of `kernels` and `jump_kernels` may stand in for torch, and their arrays."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ Arrays = tuple[NDArray[Any], ...]
 
 @cache
 def kernels() -> ModuleType | None:
-    """The compiled loops, or None where numba cannot compile them."""
+    """The compiled loops over the k largest, or None where numba cannot compile them."""
+    return _loops("steerrec.kernels")
+
+
+@cache
+def jump_kernels() -> ModuleType | None:
+    """The compiled loops over what is above thresholds, or None, as above."""
+    return None if kernels() is None else _loops("steerrec.jump_kernels")
+
+
+def _loops(name: str) -> ModuleType | None:
     try:
-        loops = import_module("steerrec.kernels")
+        loops = import_module(name)
         if not import_module("numba").config.DISABLE_JIT:
             return loops
         reason = "NUMBA_DISABLE_JIT is set"
@@ -30,7 +40,7 @@ def kernels() -> ModuleType | None:
     warnings.warn(
         f"numba cannot be used ({reason}): steering on a CPU is slower without it",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return None
 

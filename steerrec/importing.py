@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
@@ -22,6 +23,8 @@ FORMATS = ("saelens", "sparsify", "dictionary_learning", "popsteer")
 
 _SAELENS, _SPARSIFY, _AE = "sae_weights.safetensors", "sae.safetensors", "ae.pt"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_THRESHOLD = ("threshold",)
+_CLASSES = ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder")  # of dictionary_learning
 _LINEAR = ("encoder.weight", "encoder.bias")
 
 
@@ -102,7 +105,7 @@ def _recognise(path: Path) -> str:
 
 
 def _from_saelens(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
-    """``f = TopK((x - b_dec) W_enc + b_enc)``, and what its options make of that."""
+    """``(x - b_dec) W_enc + b_enc``, topk or jumprelu of it, and what its options make of that."""
     file = path / "cfg.json"
     config = read_json(file, root)
     architecture, own_k = config.get("architecture", "standard"), config.get("k")
@@ -110,8 +113,9 @@ def _from_saelens(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
     if architecture == "standard" and old == "topk":  # as before version 6
         architecture, arguments = "topk", config.get("activation_fn_kwargs")
         own_k = arguments.get("k") if isinstance(arguments, dict) else None
-    if architecture != "topk":
-        raise _unlike(file, "architecture", architecture, "topk")
+    if architecture not in ("topk", "jumprelu"):
+        raise _unlike(file, "architecture", architecture, "topk or jumprelu")
+    jumps = architecture == "jumprelu"
     for key, allowed in (
         ("normalize_activations", ("none", None, False)),
         ("reshape_activations", ("none", None)),
@@ -124,7 +128,10 @@ def _from_saelens(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
         flags[key] = config.get(key, flags[key])
         if not isinstance(flags[key], bool):
             raise _unlike(file, key, flags[key], "true or false")
-    weights = _tensors(path / _SAELENS, root, _TENSORS)
+    if jumps and flags["rescale_acts_by_decoder_norm"]:
+        raise _unlike(file, "rescale_acts_by_decoder_norm", True, "false for jumprelu")
+    weights = _tensors(path / _SAELENS, root, _TENSORS + _THRESHOLD * jumps)
+    _check_shapes(path, weights)
     if flags["rescale_acts_by_decoder_norm"]:
         length = weights["W_dec"].norm(dim=1)  # [d_sae]
         if not bool((length > 0).all()):
@@ -134,6 +141,8 @@ def _from_saelens(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
         weights["W_dec"] = weights["W_dec"] / length[:, None]
     if not flags["apply_b_dec_to_input"]:  # steerrec always takes b_dec off
         weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+    if jumps and own_k is None and k is None:
+        return _built(path, weights, None)
     return _built(path, weights, _one_k(file, own_k, k))
 
 
@@ -162,7 +171,7 @@ def _from_sparsify(path: Path, root: Path, k: int | None) -> SparseAutoencoder:
 def _from_dictionary_learning(
     path: Path, root: Path, k: int | None, dict_class: str | None
 ) -> SparseAutoencoder:
-    """``f = TopK(ReLU(encoder(x - b_dec)))``, with a decoder that is a linear layer."""
+    """Its topk, batchtopk (at inference a jumprelu of one threshold) and jumprelu."""
     folder, file = (path, path / _AE) if path.is_dir() else (path.parent, path)
     beside = folder / "config.json"
     trainer: Any = {}
@@ -176,10 +185,15 @@ def _from_dictionary_learning(
             f"{file} does not say which of dictionary_learning's classes it is, and there is no "
             "config.json beside it; give dict_class (--dict-class), such as AutoEncoderTopK"
         )
-    if kind != "AutoEncoderTopK":
-        raise _unlike(file, "class", kind, "AutoEncoderTopK")
+    if kind not in _CLASSES:
+        raise _unlike(file, "class", kind, " or ".join(_CLASSES))
     _inside(file, root if path.is_dir() else folder)
     found = find_state_dict(read_checkpoint(file))
+    if kind == "JumpReluAutoEncoder":  # it does not take b_dec off, steerrec always does
+        weights = _doubles(file, found, _TENSORS + _THRESHOLD)
+        _check_shapes(path, weights)
+        weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+        return _built(path, weights, k)
     buffer, own_k = found.get("k"), None
     if buffer is not None:
         if buffer.numel() != 1 or buffer.is_floating_point() or buffer.is_complex():
@@ -190,7 +204,23 @@ def _from_dictionary_learning(
     weights = _doubles(file, found, names, optional=("k", "threshold"))
     decoder = weights["decoder.weight"]
     weights["W_dec"] = decoder.T if decoder.ndim == 2 else decoder
-    return _built(path, _linear(weights), _one_k(file, saved, k))
+    linear = _linear(weights)
+    if kind == "BatchTopKSAE":
+        linear["threshold"] = torch.full_like(linear["b_enc"], _one_threshold(file, found))
+    return _built(path, linear, _one_k(file, saved, k))
+
+
+def _one_threshold(file: Path, found: Mapping[str, Tensor]) -> float:
+    """The threshold that a BatchTopKSAE uses at inference, one for all latents."""
+    threshold = found.get("threshold")
+    if threshold is None or threshold.numel() != 1 or not threshold.is_floating_point():
+        raise ArtifactError(f"{file} has no single threshold; expected that of a BatchTopKSAE")
+    if not 0 <= float(threshold) < float("inf"):
+        raise ArtifactError(
+            f"{file} has threshold {float(threshold):g}, one that was never set; expected a "
+            "BatchTopKSAE that was trained to the end"
+        )
+    return float(threshold)
 
 
 # --- PopSteer
@@ -297,19 +327,28 @@ def _linear(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _built(path: Path, weights: Mapping[str, Tensor], k: int) -> SparseAutoencoder:
-    """The SAE, once all shapes fit each other."""
+def _check_shapes(path: Path, weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of an SAE's tensors, once their shapes fit each other."""
     d_sae, d_in = weights["W_dec"].shape if weights["W_dec"].ndim == 2 else (0, 0)
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if "threshold" in weights:
+        shapes["threshold"] = (d_sae,)
     for name, shape in shapes.items():
         if weights[name].shape != shape or 0 in shape:
             raise ArtifactError(
                 f"{path}: {name} has shape {tuple(weights[name].shape)}, which does not fit a "
                 f"decoder of {d_sae} rows of width {d_in}"
             )
-    if k > d_sae:
-        raise ArtifactError(f"{path}: k is {k}, more than the {d_sae} latents")
-    tensors = {name: weights[name].float().contiguous() for name in shapes}
+    return list(shapes)
+
+
+def _built(path: Path, weights: Mapping[str, Tensor], k: int | None) -> SparseAutoencoder:
+    """The SAE, once all shapes fit each other; with thresholds a jumprelu."""
+    names = _check_shapes(path, weights)
+    if k is not None and k > len(weights["W_dec"]):
+        raise ArtifactError(f"{path}: k is {k}, more than the {len(weights['W_dec'])} latents")
+    tensors = {name: weights[name].float().contiguous() for name in names}
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise ArtifactError(f"{path}: {name} is too large for single precision")

@@ -475,4 +475,4 @@ def temperature(scores: Tensor, perplexity: float, *, items: int = 128) -> Tenso
 def _encode(sae: SparseAutoencoder, vectors: Tensor, chunk: int = 4096) -> Latents:
     """Active latents of user vectors [U, H], in chunks of rows."""
     parts = [sae.encode(part.to(sae.W_enc)) for part in vectors.split(chunk)]
-    return Latents(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+    return Latents.joined(parts)

@@ -104,7 +104,8 @@ class ResponseStep(Step):
         self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
     ) -> Tensor:
         """What is added, [B, H]."""
-        found = _decoded(pre_acts, self.vectors, sae.k)
+        fixed = None if sae.threshold is not None else sae.k
+        found = None if fixed is None else _decoded(pre_acts, self.vectors, fixed)
         if found is None:
             found = respond(sae.activate(pre_acts), self.vectors)
         return strength * (found + self.constant)

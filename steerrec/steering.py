@@ -17,6 +17,7 @@ from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.graphs import is_graphed
 from steerrec.recipes import Recipe, Step, Strength, own
+from steerrec.thresholds import shifted_above
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
@@ -298,6 +299,8 @@ def _compiled(
 
     None where torch has to compute it.
     """
+    if sae.threshold is not None:
+        return shifted_above(pre_acts, shift, strength, sae.threshold, sae.W_dec, delta=delta)
     given = (strength,) if isinstance(strength, Tensor) else ()
     arrays = as_arrays(pre_acts, shift, sae.W_dec, *given)
     loops = None if arrays is None else kernels()

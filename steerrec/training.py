@@ -1,4 +1,7 @@
-"""Fitting a TopK sparse autoencoder to captured activations: loss, loop, exact resume, report."""
+"""Fitting a sparse autoencoder to captured activations: loop, exact resume, report.
+
+What a step computes, by architecture, is in `sae_steps`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,19 +19,16 @@ from torch import Tensor
 
 from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
 from steerrec.attachment import count_firings
-from steerrec.autoencoder import (
-    Latents,
-    Reconstruction,
-    SparseAutoencoder,
-    fraction_of_variance_unexplained,
-)
+from steerrec.autoencoder import Architecture, SparseAutoencoder
 from steerrec.checkpoint import Checkpoint
 from steerrec.data import Histories
 from steerrec.errors import TrainingError
 from steerrec.moments import RunningMoments
 from steerrec.progress import track
 from steerrec.recommender import Recommender
+from steerrec.sae_steps import JumpReLU, rule_of, step
 from steerrec.sites import Site
+from steerrec.thresholds import largest_so_far
 from steerrec.warm_start import check_size, digest, normalised, recentre
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class SAETraining:
     Attributes
     ----------
     latents, k
-        Number of latents, and how many are active at once.
+        Number of latents, and how many are active at once (on average, but for topk).
     epochs
         Passes over the captured rows.
     learning_rate
@@ -55,6 +55,13 @@ class SAETraining:
         where that is less.
     seed
         Same seed, data and machine: same weights.
+    architecture
+        `topk`: the k largest latents of each row. `batchtopk`: the largest of each batch, k times
+        its rows; the result is a jumprelu of one threshold, above which k are active on average.
+        `jumprelu`: what is above a threshold of each latent, which is learned.
+    bandwidth, sparsity_weight
+        Of jumprelu: how far from its threshold a pre-activation moves it, as a share of the
+        threshold; and the weight of ``(L0 / k - 1)^2`` in the loss.
     """
 
     latents: int = 4096
@@ -66,47 +73,38 @@ class SAETraining:
     aux_weight: float = 1 / 32
     dead_after: int = 100_000
     seed: int = 0
+    architecture: Architecture = "topk"
+    bandwidth: float = 0.2
+    sparsity_weight: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise TrainingError(
+                f"architecture {self.architecture!r}; expected one of "
+                f"{', '.join(get_args(Architecture))}"
+            )
+        if not 0 < self.bandwidth < 2 or not self.sparsity_weight > 0:
+            raise TrainingError(
+                f"bandwidth {self.bandwidth} and sparsity weight {self.sparsity_weight}; expected "
+                "a bandwidth between 0 and 2, and a positive weight"
+            )
         if not 0 < self.k <= self.latents:
             raise TrainingError(
                 f"k is {self.k}; expected between 1 and the number of latents, {self.latents}"
             )
 
     @classmethod
-    def going_on(cls, sae: SparseAutoencoder) -> SAETraining:
-        """A short run that goes on from a trained SAE: a sixth of the epochs of a fresh one."""
-        return cls(latents=sae.d_sae, k=sae.k, epochs=5)
+    def going_on(cls, sae: SparseAutoencoder, k: int | None = None) -> SAETraining:
+        """A short run that goes on from a trained SAE: a sixth of the epochs of a fresh one.
 
-
-def auxiliary_loss(
-    sae: SparseAutoencoder, x: Tensor, out: Reconstruction, dead: Tensor, aux_k: int
-) -> Tensor:
-    """AuxK: the share of the residual that the dead latents fail to explain (Gao et al. 2024, A.2).
-
-    The `aux_k` dead latents with the largest raw pre-activations reconstruct what the live ones
-    left over. No ReLU: a latent whose pre-activations are negative everywhere would otherwise
-    never see a gradient again.
-
-    Parameters
-    ----------
-    sae
-        The SAE in training.
-    x
-        Batch [B, d_in].
-    out
-        Its reconstruction.
-    dead
-        Numbers of the dead latents, [D].
-    aux_k
-        How many to use for each row.
-    """
-    if len(dead) == 0:
-        return x.new_zeros(())
-    residual = (x - out.x_hat).detach()
-    values, order = out.pre_acts[:, dead].topk(min(aux_k, len(dead)), dim=-1, sorted=False)
-    guess = sae.directions(Latents(values, dead[order]))
-    return (residual - guess).square().sum() / residual.square().sum().clamp_min(1e-12)
+        `k` is wanted for an SAE of another library that does not say how many are active.
+        """
+        active = sae.k if k is None else k
+        if active is None:
+            raise TrainingError(
+                "the SAE does not say how many latents are active on average; give k"
+            )
+        return cls(latents=sae.d_sae, k=active, epochs=5, architecture=sae.architecture)
 
 
 def train_autoencoder(
@@ -156,8 +154,7 @@ def train_autoencoder(
         bar.set_postfix_str(f"FVU {run.log[-1]['fvu']:.4f}, dead {run.log[-1]['dead']}")
     bar.close()
     summary = {"training": asdict(training), "rows": len(shards), "log": run.log}
-    sae = run.sae.cpu().fold_normalisation(run.mean, run.scale)
-    return sae.requires_grad_(False), summary
+    return run.finished(), summary
 
 
 class _Run:
@@ -178,6 +175,14 @@ class _Run:
             )
         self.shards, self.training, self.device = shards, training, device
         self.mean, self.scale = _normalisation(shards)
+        self.rule = rule_of(
+            training.architecture,
+            training.k,
+            training.latents,
+            bandwidth=training.bandwidth,
+            weight=training.sparsity_weight,
+            device=self.device,
+        )
         if warm_start is None:
             generator = torch.Generator().manual_seed(training.seed)
             self.sae = SparseAutoencoder(
@@ -188,8 +193,12 @@ class _Run:
             check_size(warm_start, shards.width, training.latents, training.k)
             self.sae = normalised(warm_start, self.mean, self.scale).to(device)
             recentre(self.sae, self.sample(torch.Generator().manual_seed(training.seed)))
+        self.begin()
         self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=training.learning_rate, betas=(0.9, 0.999), fused=True
+            [*self.sae.parameters(), *self.rule.parameters()],
+            lr=training.learning_rate,
+            betas=(0.9, 0.999),
+            fused=True,
         )
         self.epoch = 0
         self.rows_since_fired = torch.zeros(training.latents, dtype=torch.int64, device=device)
@@ -211,9 +220,40 @@ class _Run:
         x_hat = self.sae(x).x_hat
         self.sae.W_enc.mul_((x * x_hat).sum() / x_hat.square().sum())
 
-    def sample(self, generator: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Leave thresholds to the rule: from here on the SAE has none of its own."""
+        threshold, self.sae.threshold = self.sae.threshold, None
+        if threshold is not None and isinstance(self.rule, JumpReLU):
+            self.rule.start_from(threshold)
+        elif self.training.architecture != "topk":
+            x = self.sample(torch.Generator().manual_seed(self.training.seed))
+            self.rule.begin(self.sae.pre_acts(x))
+
+    @torch.no_grad()
+    def finished(self) -> SparseAutoencoder:
+        """The SAE of raw activations, frozen, on the CPU, with thresholds but for topk."""
+        weights: dict[str, Tensor] = dict(self.sae.cpu().state_dict())
+        if isinstance(self.rule, JumpReLU):
+            weights["threshold"] = self.rule.log_threshold.detach().exp().cpu()
+        elif self.training.architecture == "batchtopk":
+            weights["threshold"] = self.common_threshold().expand(self.sae.d_sae).contiguous()
+        sae = SparseAutoencoder.from_weights(weights, self.training.k)
+        return sae.fold_normalisation(self.mean, self.scale).requires_grad_(False)
+
+    def common_threshold(self) -> Tensor:
+        """Above it k latents of a row are active on average, over rows drawn at random, []."""
+        generator = torch.Generator().manual_seed(self.training.seed + 1)
+        x = self.sample(generator, 16_384).cpu()
+        count, found = self.training.k * len(x), None
+        for part in x.split(1024):
+            found = largest_so_far(self.sae.pre_acts(part), count, found)
+        return x.new_zeros(()) if found is None or len(found) < count else found[0]
+
+    def sample(self, generator: torch.Generator, rows_at_most: int = 4096) -> Tensor:
         """Some of the rows as they are trained on, [R, H]."""
-        rows = torch.randperm(len(self.shards), generator=generator)[:4096].sort().values
+        rows = torch.randperm(len(self.shards), generator=generator)[:rows_at_most]
+        rows = rows.sort().values
         return (self.shards.gather(rows.numpy()) - self.mean).to(self.device) / self.scale
 
     @property
@@ -229,11 +269,13 @@ class _Run:
         batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         fvu = torch.zeros((), device=self.device)
         mean = self.mean.to(self.device)
-        for step, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
+        for number, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
             x = (self.shards.gather(rows).to(self.device) - mean) / self.scale
-            self.set_learning_rate(self.epoch * len(batches) + step, len(batches))
+            self.set_learning_rate(self.epoch * len(batches) + number, len(batches))
             fvu += self.step(x)
         value = float(fvu) / len(batches)
+        if not all(bool(tensor.isfinite().all()) for tensor in self.sae.parameters()):
+            value = math.nan
         if not math.isfinite(value):
             raise TrainingError(
                 f"the SAE's loss became {value} in epoch {self.epoch + 1}; lower the learning rate "
@@ -245,24 +287,22 @@ class _Run:
 
     def step(self, x: Tensor) -> Tensor:
         """One optimiser step on a batch; returns its FVU."""
-        sae = self.sae
-        out = sae(x)
-        fvu = fraction_of_variance_unexplained(x, out.x_hat)
-        dead = self.dead
-        loss = fvu
-        if len(dead):
-            aux = auxiliary_loss(sae, x, out, dead, self.training.aux_k)
-            loss = loss + self.training.aux_weight * aux
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        sae, training = self.sae, self.training
+        fvu, fired = step(
+            sae,
+            self.rule,
+            x,
+            self.dead,
+            aux_k=training.aux_k,
+            aux_weight=training.aux_weight,
+        )
         _project_decoder_gradient(sae)
         self.optimizer.step()
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-            fired = out.latents.indices[out.latents.values > 0]
             self.rows_since_fired += len(x)
             self.rows_since_fired[fired] = 0
-        return fvu.detach()
+        return fvu
 
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.training.epochs
@@ -275,6 +315,7 @@ class _Run:
         parts = {
             "sae": self.sae.state_dict(),
             "dead": {"rows_since_fired": self.rows_since_fired},
+            "rule": {str(n): tensor for n, tensor in enumerate(self.rule.parameters())},
         }
         self.checkpoint.save(parts, self.optimizer, {"epoch": self.epoch, "log": self.log})
 
@@ -284,6 +325,8 @@ class _Run:
             return
         parts, state = found
         self.sae.load_state_dict(parts["sae"])
+        for number, parameter in enumerate(self.rule.parameters()):
+            parameter.data.copy_(parts["rule"][str(number)])
         self.rows_since_fired = parts["dead"]["rows_since_fired"].to(self.device)
         self.epoch, self.log = state["epoch"], state["log"]
 

@@ -16,7 +16,7 @@ _STEPS = 5
 
 def check_size(sae: SparseAutoencoder, width: int, latents: int, k: int) -> None:
     """Raise TrainingError unless an SAE has the size that is to be trained."""
-    found, expected = (sae.d_in, sae.d_sae, sae.k), (width, latents, k)
+    found, expected = (sae.d_in, sae.d_sae, sae.k or k), (width, latents, k)
     if found != expected:
         raise TrainingError(
             "the SAE to start from has width {}, {} latents and k {}; ".format(*found)
@@ -39,6 +39,8 @@ def normalised(sae: SparseAutoencoder, mean: Tensor, scale: float) -> SparseAuto
         "W_dec": F.normalize(W_dec, dim=1),
         "b_dec": (sae.b_dec.float().cpu() - mean) / scale,
     }
+    if sae.threshold is not None:  # as long as what it is compared with
+        weights["threshold"] = sae.threshold.float().cpu() * length
     return SparseAutoencoder.from_weights(weights, sae.k).requires_grad_(True)
 
 

@@ -19,6 +19,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactWarning, SteerrecError
 from steerrec.explaining import table_in_words
 from steerrec.profiles import popularity_contrast
+from steerrec.sites import Site
 from steerrec.steering import Steering
 
 from .test_card import COMPARE, PNG, SWEEP
@@ -58,10 +59,13 @@ def honest(rec, tmp_path_factory):
     made.at().tables[table.name] = table
     made.at().steerings["popsteer"] = Steering.popsteer(table, alpha=1.5)
     made.at().training.update({"reconstruction": {"fvu": 0.1, "l0": 2.0}, "log": [{"epoch": 1}]})
+    jumps = SparseAutoencoder(4, 8, 2, architecture="jumprelu")
+    made.add(rec, jumps, site=Site("item_embedding", positions_from="last"))
     made.about.update({"datasets": ["visits"], "license": "mit"})
-    made.at().results |= {"sweep": SWEEP, "compare": COMPARE}
-    made.at().results["neurons-popularity"] = table_in_words(table, sae, rec, neurons=2, items=2)
-    made.at().pictures["sweep"] = PNG
+    here = made.sites[rec.site.folder]
+    here.results |= {"sweep": SWEEP, "compare": COMPARE}
+    here.results["neurons-popularity"] = table_in_words(table, sae, rec, neurons=2, items=2)
+    here.pictures["sweep"] = PNG
     made.save(folder)
     return folder
 

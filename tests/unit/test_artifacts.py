@@ -634,9 +634,13 @@ def test_a_site_folder_outside_the_artifact_is_refused(saved, rec, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "jumprelu"}, "an SAE 'jumprelu' of 'float32'; expected 'topk' of"),
-        ({"dtype": "int8"}, "an SAE 'topk' of 'int8'; expected 'topk' of float32, float64"),
-        ({"dtype": ["float32"]}, r"of \['float32'\]; expected 'topk' of float32"),
+        (
+            {"architecture": "gated"},
+            "an SAE 'gated' of 'float32'; expected 'topk' or 'jumprelu' of",
+        ),
+        ({"architecture": "jumprelu"}, "threshold"),
+        ({"dtype": "int8"}, "'topk' of 'int8'; expected 'topk' or 'jumprelu' of float32, float64"),
+        ({"dtype": ["float32"]}, r"of \['float32'\]; expected 'topk' or 'jumprelu' of float32"),
         ({"apply_b_dec_to_input": False}, "says apply_b_dec_to_input False; .* has True"),
         ({"normalize_activations": "layer_norm"}, "says normalize_activations 'layer_norm'"),
         ({"reshape_activations": "hook_z"}, "says reshape_activations 'hook_z'"),

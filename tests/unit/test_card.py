@@ -98,8 +98,8 @@ def test_before_and_after_at_each_budget(artifact):
     card = make_card(artifact)
     rest = "0.5000 | 0.5000 |"
     assert f"| unsteered | 0 | 0.2000 | 0.5000 | 0.5000 | 0.8000 | {rest}" in rows(card)
-    assert f"| 5% budget | 0.5 | 0.1950 | 0.5000 | 0.5000 | 0.7000 | {rest}" in rows(card)
-    assert f"| 10% budget | 1 | 0.1800 | 0.5000 | 0.5000 | 0.6125 | {rest}" in rows(card)
+    assert f"| 5% budget | 0.5 | 0.1950 (-2.5%) | 0.5000 | 0.5000 | 0.7000 | {rest}" in rows(card)
+    assert f"| 10% budget | 1 | 0.1800 (-10.0%) | 0.5000 | 0.5000 | 0.6125 | {rest}" in rows(card)
     assert "1,234 users, 56 items, full catalogue, seen items not masked" in card
 
 
@@ -289,3 +289,21 @@ def test_a_result_that_leads_out_of_the_folder_is_refused(saved, rec, tmp_path):
     for name in ("../up", "/abs", ".hidden"):
         with pytest.raises(ArtifactError, match="cannot be a file name"):
             save_result(saved, rec.site, name, {})
+
+
+@pytest.mark.parametrize(
+    ("trained", "shown"),
+    [("batchtopk", "jumprelu, trained as batchtopk"), ("jumprelu", "jumprelu")],
+)
+def test_the_architecture_is_told(rec, trained, shown):
+    made = Artifact.create(rec, SparseAutoencoder(4, 12, 3, architecture="jumprelu"))
+    made.at().training["training"] = {"architecture": trained}
+    card = rows(make_card(made))
+    assert f"| architecture | {shown} |" in card
+    assert "| active at once, on average | 3 |" in card
+
+
+def test_an_sae_that_does_not_say_how_many_are_active(rec):
+    weights = SparseAutoencoder(4, 12, 3, architecture="jumprelu").state_dict()
+    made = Artifact.create(rec, SparseAutoencoder.from_weights(weights, None))
+    assert "active at once" not in make_card(made)

@@ -131,8 +131,8 @@ def test_what_steerrec_writes_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architecture": "jumprelu"}, "has architecture 'jumprelu', which steerrec does not"),
-        ({"architecture": "gated"}, "has architecture 'gated'"),
+        ({"architecture": "gated"}, "has architecture 'gated', which steerrec does not"),
+        ({"architecture": "jumprelu"}, "lacks threshold"),
         ({"architecture": "standard"}, "has architecture 'standard'"),
         ({"architecture": ...}, "has architecture 'standard'"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm'"),
@@ -183,6 +183,42 @@ def test_a_decoder_row_of_no_length_cannot_be_rescaled(tmp_path):
     weights["W_dec"][3] = 0
     with pytest.raises(ArtifactError, match="length 0"):
         import_sae(saelens(tmp_path, weights, rescale_acts_by_decoder_norm=True))
+
+
+THRESHOLD = randn(F, seed=5).abs() * 2
+
+
+def jump(z, threshold=THRESHOLD):
+    """What is above its threshold, and above 0."""
+    return torch.where(z > threshold, z.clamp_min(0), 0.0)
+
+
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_saelens_jumprelu(tmp_path, apply_b_dec):
+    settings = {"architecture": "jumprelu", "k": ..., "rescale_acts_by_decoder_norm": ...}
+    weights = {**SAELENS, "threshold": THRESHOLD}
+    folder = saelens(tmp_path, weights, apply_b_dec_to_input=apply_b_dec, **settings)
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    z = (X.double() - w["b_dec"] * apply_b_dec) @ w["W_enc"] + w["b_enc"]
+    sae = import_sae(folder)
+    agree(sae, jump(z) @ w["W_dec"] + w["b_dec"], jump(z))
+    assert (sae.architecture, sae.k) == ("jumprelu", None)
+    assert import_sae(folder, k=3).k == 3
+
+
+def test_saelens_jumprelu_that_is_rescaled_is_refused(tmp_path):
+    settings = {"architecture": "jumprelu", "rescale_acts_by_decoder_norm": True}
+    folder = saelens(tmp_path, {**SAELENS, "threshold": THRESHOLD}, **settings)
+    with pytest.raises(ArtifactError, match="has rescale_acts_by_decoder_norm True"):
+        import_sae(folder)
+
+
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_saelens_weights_of_other_shapes_are_refused_before_they_are_folded(tmp_path, apply_b_dec):
+    weights = {**SAELENS, "W_enc": torch.ones(F, D), "W_dec": torch.ones(F)}
+    folder = saelens(tmp_path, weights, apply_b_dec_to_input=apply_b_dec)
+    with pytest.raises(ArtifactError, match="does not fit a decoder"):
+        import_sae(folder)
 
 
 # --- sparsify
@@ -278,7 +314,52 @@ def test_dictionary_learning_that_says_neither_class_nor_k(tmp_path):
     agree(import_sae(file, dict_class="AutoEncoderTopK", k=K), *linear_formula(LINEAR))
 
 
-@pytest.mark.parametrize("name", ["BatchTopKSAE", "JumpReluAutoEncoder", "GatedAutoEncoder", 3])
+BATCH = DICTIONARY | {"threshold": torch.tensor(1.2)}
+
+
+def test_dictionary_learning_batchtopk_is_a_jumprelu_of_its_threshold(tmp_path):
+    w = {name: tensor.double() for name, tensor in LINEAR.items()}
+    z = (X.double() - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]
+    sae = import_sae(dictionary(tmp_path, BATCH, "BatchTopKSAE"))
+    agree(
+        sae,
+        jump(z, float(BATCH["threshold"])) @ w["W_dec"] + w["b_dec"],
+        jump(z, float(BATCH["threshold"])),
+    )
+    assert (sae.architecture, sae.k) == ("jumprelu", K)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "reason"),
+    [
+        (torch.tensor(-1.0), "has threshold -1, one that was never set"),
+        (torch.tensor(torch.nan), "has threshold nan"),
+        (torch.ones(2), "has no single threshold"),
+        (torch.tensor(1), "has no single threshold"),
+        (None, "has no single threshold"),
+    ],
+)
+def test_dictionary_learning_batchtopk_without_a_threshold_is_refused(tmp_path, threshold, reason):
+    state = {k: v for k, v in (BATCH | {"threshold": threshold}).items() if v is not None}
+    with pytest.raises(ArtifactError, match=reason):
+        import_sae(dictionary(tmp_path, state, "BatchTopKSAE"))
+
+
+def test_dictionary_learning_jumprelu(tmp_path):
+    state = {**SAELENS, "threshold": THRESHOLD}
+    w = {name: tensor.double() for name, tensor in SAELENS.items()}
+    z = X.double() @ w["W_enc"] + w["b_enc"]  # b_dec is not taken off
+    sae = import_sae(dictionary(tmp_path, state, "JumpReluAutoEncoder"))
+    agree(sae, jump(z) @ w["W_dec"] + w["b_dec"], jump(z))
+
+
+def test_dictionary_learning_jumprelu_of_other_shapes_is_refused(tmp_path):
+    state = {**SAELENS, "threshold": THRESHOLD, "W_enc": torch.ones(F, D)}
+    with pytest.raises(ArtifactError, match="does not fit a decoder"):
+        import_sae(dictionary(tmp_path, state, "JumpReluAutoEncoder"))
+
+
+@pytest.mark.parametrize("name", ["GatedAutoEncoder", 3])
 def test_dictionary_learning_of_other_classes_is_refused(tmp_path, name):
     with pytest.raises(ArtifactError, match=f"has class {name!r}, which steerrec does not compute"):
         import_sae(dictionary(tmp_path, dict_class=name))

@@ -13,9 +13,9 @@ from steerrec import training as module
 from steerrec.activations import ActivationSampling, ActivationShards
 from steerrec.autoencoder import SparseAutoencoder, fraction_of_variance_unexplained
 from steerrec.errors import SiteError, TrainingError
+from steerrec.sae_steps import auxiliary_loss
 from steerrec.training import (
     SAETraining,
-    auxiliary_loss,
     fit_autoencoder,
     reconstruction_report,
     train_autoencoder,
