@@ -95,6 +95,23 @@ def _usable(device: str) -> str:
     return device
 
 
+CONTRAST_HELP = (
+    "popularity; items by attribute (genres=Horror), number or quantile (price>q80), list "
+    "(items:FILE), each against all others or, by `A vs B`, another group."
+)
+Contrasts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--contrast",
+        help=f"What to look for, popularity by default: {CONTRAST_HELP} May be repeated.",
+        show_default=False,
+    ),
+]
+ContrastName = Annotated[
+    str, typer.Option("--contrast", help="Which table, by the words that it was made with.")
+]
+
+
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", callback=_usable)]
 ItemMap = Annotated[
     Path | None,
@@ -205,6 +222,13 @@ def histories_for(rec: Recommender, interactions: Interactions) -> Histories:
     from steerrec.recommender import columns_read
 
     return build_histories(interactions, rec.catalogue, columns=columns_read(rec))
+
+
+def catalogue_for(rec: Recommender, interactions: Interactions) -> Catalogue:
+    """The model's catalogue, with the attributes that only the data has."""
+    from steerrec.contrasts import with_attributes
+
+    return with_attributes(rec.catalogue, interactions)
 
 
 def open_model(
@@ -359,6 +383,16 @@ def not_on_hub(artifact: str, why: str) -> Exception:
 
     return ArtifactError(
         f"{artifact} is not a folder here, but {why}: get it with `steerrec pull {artifact} -o DIR`"
+    )
+
+
+def not_scored(site: Site, scored: Site, what: str) -> Exception:
+    """The error for an SAE that is not at the vector that the scores are computed from."""
+    from steerrec.errors import SiteError
+
+    return SiteError(
+        f"the SAE is at {site.name}, not at the scored vector ({scored.name}), which {what} needs; "
+        "attach one there"
     )
 
 

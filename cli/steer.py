@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from steerrec.cli import options as opt
 if TYPE_CHECKING:
     from steerrec.data import Histories
     from steerrec.ranking import TopK
+    from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
     from steerrec.tradeoff import Sweep
 
@@ -49,7 +50,7 @@ def steer(
     neurons: Annotated[
         int | None, typer.Option("--neurons", min=1, help="Only the strongest N; all by default.")
     ] = None,
-    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    contrast: opt.ContrastName = "popularity",
     splice: Annotated[
         SpliceName | None,
         typer.Option("--splice", help="Add the change to the vector, or replace the vector."),
@@ -59,10 +60,45 @@ def steer(
         typer.Option("--popsteer-compat", help="Do what the paper's published code does."),
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Steer by a recipe saved in ARTIFACT.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Saved recipes and tables, added and scaled: popularity*-0.8 + genres=Horror*0.3.",
+        ),
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            "--gate",
+            help="Whom to steer: neuron:812, neuron:812>0.5, not neuron:812; taste:0.5 steers fans "
+            "of popular items more, taste:-0.5 less.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            help="Find the strength on validation: gini, popularity, tail_share, or the share of a "
+            "group of items, genres=Horror or genres=Horror@0.1.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Share of nDCG that --objective may cost; 0.05 by default."),
+    ] = None,
+    learn: Annotated[
+        bool,
+        typer.Option("--learn", help="Learn the recipe itself for --objective, and save it."),
+    ] = False,
     save: Annotated[
         str | None, typer.Option("--save", help="Save what is steered by as a recipe in ARTIFACT.")
+    ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            "--shares",
+            help="Share of the list slots of each value of an attribute, before and after.",
+        ),
     ] = None,
     k: opt.K = 10,
     split: Annotated[
@@ -85,6 +121,7 @@ def steer(
     alphas: Annotated[
         str | None, typer.Option("--alphas", help="Strengths for --sweep, such as 0.5,1,2.")
     ] = None,
+    seed: opt.Seed = 0,
     site: opt.SiteName = None,
     strict: opt.Strict = True,
     revision: opt.Revision = None,
@@ -100,7 +137,21 @@ def steer(
     json_output: opt.Json = False,
 ) -> None:
     """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
+    import torch
+
     from steerrec.artifacts import save_steering
+    from steerrec.cli.recipes import (
+        BUDGET,
+        at_budget,
+        effects,
+        gated_by,
+        learned,
+        named_recipe,
+        print_effects,
+        print_shares,
+    )
+    from steerrec.contrasts import attribute_column
+    from steerrec.contrasts import contrast_name as plain
     from steerrec.evaluation import (
         Which,
         capture_held_out,
@@ -109,7 +160,9 @@ def steer(
         rank,
         rank_steered,
     )
-    from steerrec.steering import Steering
+    from steerrec.operations import ResponseSteering
+    from steerrec.shares import slot_shares
+    from steerrec.strengths import objective_of
 
     _check(output, sweep, alphas, force, splice, popsteer_compat)
     if sweep and (alpha is not None or split is not SplitName.none):
@@ -118,9 +171,15 @@ def steer(
         raise typer.BadParameter("--save goes with one strength, not with --sweep")
     if recipe and (neurons or splice or popsteer_compat):
         raise typer.BadParameter("--recipe says itself which neurons to turn, and how")
+    if objective is None and (learn or budget is not None):
+        raise typer.BadParameter("--learn and --budget go with --objective")
+    if objective is not None and (sweep or alpha is not None):
+        raise typer.BadParameter("--objective finds the strength: leave out --alpha and --sweep")
+    if learn and (recipe or gate or splice or popsteer_compat or contrast != "popularity"):
+        raise typer.BadParameter("--learn makes its own recipe: leave out what describes another")
 
-    if save and opt.is_on_hub(artifact):
-        raise opt.not_on_hub(artifact, "--save writes a recipe into it")
+    if (save or learn) and opt.is_on_hub(artifact):
+        raise opt.not_on_hub(artifact, "--save and --learn write a recipe into it")
 
     read = partial(
         opt.read_data,
@@ -136,19 +195,60 @@ def steer(
         artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     opt.check_k(k, rec)
+    if shares is not None:  # before anything is computed
+        attribute_column(opt.catalogue_for(rec, interactions), shares)
     here = opened.at(site)
-    if recipe:
-        steering = here.recipe(recipe)
+    sae = here.sae.to(device)
+    tuned: dict[str, Any] = {}
+    goal = None
+    if objective is not None:
+        split_counts = torch.from_numpy(opt.split_for(rec, interactions).counts.copy())
+        goal = objective_of(objective, opt.catalogue_for(rec, interactions), split_counts)
+    if learn and goal is not None:
+        if here.site != rec.site:
+            raise opt.not_scored(here.site, rec.site, "--learn")
+        steering: Recipe = learned(
+            rec,
+            sae,
+            opt.split_for(rec, interactions),
+            goal,
+            BUDGET if budget is None else budget,
+            neurons,
+            k=k,
+            mask_seen=mask_seen,
+            seed=seed,
+        )
+        save = save or plain(steering.name)
+        tuned["learned"] = dict(steering.provenance)
     else:
-        steering = Steering.popsteer(
-            here.table(contrast),
+        steering = named_recipe(
+            here,
+            recipe,
+            contrast,
             neurons=neurons,
             splice=None if splice is None else splice.value,
             popsteer_compat=popsteer_compat,
         )
+        if gate is not None:
+            steering = gated_by(steering, gate, rec, opt.split_for(rec, interactions))
+        if goal is not None:
+            steering, found_strength = at_budget(
+                steering,
+                rec,
+                sae,
+                opt.split_for(rec, interactions),
+                goal,
+                BUDGET if budget is None else budget,
+                site=here.site,
+                k=k,
+                mask_seen=mask_seen,
+                seed=seed,
+            )
+            tuned["chosen_on_validation"] = asdict(found_strength)
+            kept = {**steering.provenance, "objective": objective, "budget": found_strength.budget}
+            steering = steering._with(provenance=kept)
     if alpha is not None:
         steering = steering.with_alpha(alpha)
-    sae = here.sae.to(device)
     if sweep:
         from steerrec.tradeoff import DEFAULT_ALPHAS
         from steerrec.tradeoff import sweep as run_sweep
@@ -165,7 +265,7 @@ def steer(
             mask_seen=mask_seen,
         )
         folder = output or SWEEP
-        write_sweep(result, folder, title="Steering popularity", json=json_output)
+        write_sweep(result, folder, title=f"Steering by {recipe or contrast}", json=json_output)
         opt.record_result(artifact, here.site, "sweep", result.to_dict(), folder / "sweep.png")
         return
     if split is SplitName.none:
@@ -182,18 +282,35 @@ def steer(
         "unsteered": measure_lists(rec, users, base, mask_seen=mask_seen),
         "steered": measure_lists(rec, users, lists, mask_seen=mask_seen),
     }
+    if learn:
+        assert isinstance(steering, ResponseSteering)
+        tuned["neurons"] = effects(steering, rec, sae, users)
+        few = [effect["neuron"] for effect in tuned["neurons"]]
+        only = steering.only(torch.tensor(few, dtype=torch.int64))
+        lists_of_few = rank(rec, users, k=k, mask_seen=mask_seen, transform=only.transform(sae))
+        part = f"by {len(few)} neurons alone"
+        results[part] = measure_lists(rec, users, lists_of_few, mask_seen=mask_seen)
+    if shares is not None:
+        catalogue = opt.catalogue_for(rec, interactions)
+        named_lists = {"unsteered": base, "steered": lists}
+        tuned["shares"] = {
+            name: slot_shares(found.ids, catalogue, shares) for name, found in named_lists.items()
+        }
     if save:
-        named = replace(steering, name=save)
-        opt.note(f"{save_steering(artifact, here.site, named)} written")
+        opt.note(f"{save_steering(artifact, here.site, steering.named(save))} written")
     if output is not None:
         write_recommendations(output, rec, users.histories, lists)
         opt.note(f"{output} written")
     if json_output:
         found = {name: result.to_dict() for name, result in results.items()}
         file = None if output is None else str(output)
-        opt.print_json({"alpha": steering.alpha, "recommendations": file, **found})
+        opt.print_json({"alpha": steering.alpha, "recommendations": file, **found, **tuned})
     else:
         opt.print_evaluations(results)
+        if shares is not None:
+            print_shares(shares, tuned["shares"])
+        if learn:
+            print_effects(tuned["neurons"])
 
 
 def _check(

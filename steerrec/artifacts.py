@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from steerrec.artifact_fit import Fit, measure_fit
+from steerrec.artifact_parts import without
+from steerrec.artifact_recipes import write_recipe
 from steerrec.artifact_record import FORMAT_VERSION, KNOWN, minor, read_record, versions
 from steerrec.artifact_results import write_result
 from steerrec.artifact_site import (
@@ -26,8 +28,6 @@ from steerrec.artifact_site import (
     SiteArtifact,
     read_entry,
     read_site,
-    without,
-    write_recipe,
     write_site,
     write_table,
 )
@@ -40,6 +40,7 @@ from steerrec.errors import ArtifactError, ArtifactWarning, DataError, SiteError
 from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 from steerrec.hub_names import check_repo_id, is_repo_id, is_sha
 from steerrec.published import cache_of
+from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender, fingerprint
 from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
@@ -176,7 +177,7 @@ class Artifact:
 
     def transform(
         self,
-        steering: Steering | str | None = None,
+        steering: Recipe | str | None = None,
         *,
         contrast: str = "popularity",
         site: str | None = None,
@@ -461,9 +462,11 @@ def save_table(path: str | Path, site: Site, table: AttributionTable) -> Path:
     return _refreshed(path, write_table(_site_folder(path, site, len(table)), table))
 
 
-def save_steering(path: str | Path, site: Site, steering: Steering) -> Path:
+def save_steering(path: str | Path, site: Site, steering: Recipe) -> Path:
     """Add a steering recipe to an artifact on disk, or replace the one of its name."""
-    return _refreshed(path, write_recipe(_site_folder(path, site, len(steering.shift)), steering))
+    folder = _site_folder(path, site, steering.latents)
+    d_in = read_json(folder / CONFIG, Path(path)).get("d_in")
+    return _refreshed(path, write_recipe(folder, steering, d_in if type(d_in) is int else 0))
 
 
 def save_result(

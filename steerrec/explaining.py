@@ -14,7 +14,15 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import ItemHead, Recommender
 
-_SHOWN = ("cohens_d", "firing_rate_a", "firing_rate_b")
+_SHOWN = (
+    "cohens_d",
+    "auroc",
+    "logit_attribution",
+    "grad_attribution",
+    "causal_effect",
+    "firing_rate_a",
+    "firing_rate_b",
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ def table_in_words(
     *,
     neurons: int = 10,
     items: int = 5,
+    by: str | None = None,
 ) -> dict[str, Any]:
     """The strongest neurons of a contrast with the titles of the items that each moves, JSON-able.
 
@@ -122,8 +131,11 @@ def table_in_words(
         Its recommender.
     neurons, items
         How many neurons, and how many items of each, at most.
+    by
+        The column that says which are the strongest; by default `AttributionTable.ranking`.
     """
-    order = table.strongest(neurons)
+    by = by or table.ranking
+    order = table.strongest(neurons, by=by)
     raised, lowered = moved_items(sae.W_dec[order.to(sae.W_dec.device)], rec.item_head, items)
     titles = rec.catalogue.titles
 
@@ -132,6 +144,7 @@ def table_in_words(
 
     return {
         "contrast": table.contrast,
+        "by": by,
         "neurons": [
             {
                 "neuron": neuron,
