@@ -128,7 +128,7 @@ class Scorer:
 
     def __init__(self, spec: ScoringSpec, rec: Recommender | None = None) -> None:
         self.spec = spec
-        hub = {} if spec.revision is None else {"revision": spec.revision}
+        hub: dict[str, Any] = {} if spec.revision is None else {"revision": spec.revision}
         artifact = load_artifact(spec.artifact, **hub)
         here = artifact.at(spec.site)
         if rec is None:

@@ -81,7 +81,7 @@ class ReportData:
     data: Mapping[str, Any]
     training: Mapping[str, Any]
     latents: int
-    k: int
+    k: int | None
     sweep: Mapping[str, Any]
     comparison: Mapping[str, Any] | None
     alpha: float
