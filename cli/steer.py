@@ -267,8 +267,8 @@ def steer(
     tuned: dict[str, Any] = {}
     goal = None
     if objective is not None:
-        split_counts = torch.from_numpy(opt.split_for(rec, interactions).counts.copy())
-        goal = objective_of(objective, opt.catalogue_for(rec, interactions), split_counts)
+        held_out = opt.split_for(rec, interactions)
+        goal = objective_of(objective, opt.catalogue_for(rec, interactions), held_out)
     if learn and goal is not None:
         if here.site != rec.site:
             raise opt.not_scored(here.site, rec.site, "--learn")

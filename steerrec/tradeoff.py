@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from steerrec.evaluation import (
     rank,
     rank_steered,
 )
+from steerrec.many_strengths import steered_at
 from steerrec.progress import track
 from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
+from steerrec.steering import SteerTransform
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,17 @@ def sweep(
     for which, results in found.items():
         capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
+        moved = (
+            steered_at(users.vectors, SteerTransform(sae, steering), strengths[1:])
+            if site is None or site == rec.site
+            else None
+        )
         for alpha in track(strengths, f"strengths on {which}", unit="alpha"):
             if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
                 lists = rank(rec, users, k=k, mask_seen=mask_seen)
+            elif moved is not None:
+                steered = replace(users, vectors=next(moved))
+                lists = rank(rec, steered, k=k, mask_seen=mask_seen)
             else:
                 recipe = steering.with_alpha(alpha)
                 lists = rank_steered(

@@ -1,6 +1,6 @@
 """Fitting a sparse autoencoder to captured activations: loop, exact resume, report.
 
-What a step computes, by architecture, is in `sae_steps`.
+What a step computes is in `sae_steps`, which latents are active in it in `sae_rules`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from steerrec.errors import TrainingError
 from steerrec.moments import RunningMoments
 from steerrec.progress import track
 from steerrec.recommender import Recommender
-from steerrec.sae_steps import JumpReLU, rule_of, step
+from steerrec.sae_rules import JumpReLU, rule_of
+from steerrec.sae_steps import step
 from steerrec.sites import Site
 from steerrec.thresholds import largest_so_far
 from steerrec.warm_start import check_size, digest, normalised, recentre
@@ -291,17 +292,19 @@ class _Run:
     def step(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """One optimiser step on a batch, or this process's share of it; returns its FVU."""
         sae, training = self.sae, self.training
+        dead = self.dead
         fvu, fired = step(
             sae,
             self.rule,
             x,
-            self.dead,
+            dead,
             aux_k=training.aux_k,
             aux_weight=training.aux_weight,
         )
         distributed.sum_gradients([*sae.parameters(), *self.rule.parameters()], weight)
         _project_decoder_gradient(sae)
         self.optimizer.step()
+        self.rule.after_step(dead)
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
             self.rows_since_fired += len(x) * distributed.size()
