@@ -60,7 +60,7 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _LINK = re.compile(r"\]\((?!https?:|#)(?P<target>[^)#\s]+)")
-_LET_BE = ("cd ", "export ", "git clone ", "pip install ")
+_LET_BE = ("cd ", "export ", "git clone ", "pip install ", "torchrun ", "python tests/benchmarks/")
 _PRINTED = "_printed"  # by the latest block, in the document's namespace
 
 
