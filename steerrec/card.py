@@ -152,7 +152,7 @@ def _site(folder: str, here: SiteArtifact) -> Iterator[str]:
 def _architecture(here: SiteArtifact) -> str:
     trained = _dig(here.training, "training", "architecture")
     own = here.sae.architecture
-    return f"{own}, trained as batchtopk" if trained == "batchtopk" != own else own
+    return f"{own}, trained as batchtopk" if trained == "batchtopk" else own
 
 
 def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:
