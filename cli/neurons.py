@@ -51,6 +51,7 @@ def neurons(
             {
                 "contrast": dict(found.contrast),
                 "protocol": dict(found.protocol),
+                "by": by or found.ranking,
                 "neurons": [each.to_dict() for each in chosen],
             }
         )

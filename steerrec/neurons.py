@@ -21,9 +21,7 @@ from steerrec.errors import ArtifactError
 
 Evidence = Literal["both", "items", "histories", "none"]
 
-RANKING = ("grad_attribution", "cohens_d")
 _TELLING = 1.5  # times as often as in the population, for a label to say it
-NEUTRAL = {"auroc": 0.5}
 LONGEST_TITLE = 120
 _SHOWN_ATTRIBUTES = 6
 
