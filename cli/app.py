@@ -19,6 +19,7 @@ from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
+from steerrec.cli.export import export
 from steerrec.cli.import_sae import import_sae
 from steerrec.cli.layers import layers
 from steerrec.cli.neurons import neuron, neurons
@@ -56,7 +57,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare, ablate),
-    *(report, neurons, neuron, card, push, pull),
+    *(report, neurons, neuron, export, card, push, pull),
 ):
     app.command()(command)
 

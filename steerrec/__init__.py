@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from steerrec.activations import ActivationSampling as ActivationSampling
     from steerrec.agreement import AttributionStudy as AttributionStudy
     from steerrec.agreement import attribution_study as attribution_study
+    from steerrec.ann import AnnRecall as AnnRecall
+    from steerrec.ann import ann_recall as ann_recall
+    from steerrec.ann import faiss_index as faiss_index
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.explaining import strongest_alone as strongest_alone
+    from steerrec.exporting import export_artifact as export_artifact
+    from steerrec.exporting import export_transform as export_transform
     from steerrec.expressions import recipe_of as recipe_of
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
     from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.neurons import NeuronDescription as NeuronDescription
@@ -80,6 +87,8 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.serving import RetrievalVectors as RetrievalVectors
+    from steerrec.serving import retrieval_vectors as retrieval_vectors
     from steerrec.shares import slot_shares as slot_shares
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
@@ -101,6 +110,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablations": "ablations",
     "ActivationSampling": "activations",
+    "AnnRecall": "ann",
     "Artifact": "artifacts",
     "Attachment": "attachment",
     "AttributionStudy": "agreement",
@@ -122,6 +132,7 @@ _HOME = {
     "Recipe": "recipes",
     "Recommender": "recommender",
     "ResponseSteering": "operations",
+    "RetrievalVectors": "serving",
     "SAETraining": "training",
     "Site": "sites",
     "SparseAutoencoder": "autoencoder",
@@ -135,6 +146,7 @@ _HOME = {
     "TokenIds": "sites",
     "ablate": "ablations",
     "add_columns": "attribution_columns",
+    "ann_recall": "ann",
     "attach": "attachment",
     "attribution_study": "agreement",
     "build_histories": "data",
@@ -148,6 +160,9 @@ _HOME = {
     "describe_users": "steered_users",
     "edit": "hooks",
     "evaluate": "evaluation",
+    "export_artifact": "exporting",
+    "export_transform": "exporting",
+    "faiss_index": "ann",
     "fit_autoencoder": "training",
     "fit_taste": "gates",
     "gated": "gates",
@@ -158,11 +173,13 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "strongest_alone": "explaining",
     "plot_ablations": "report",
     "plot_attribution_study": "study_plot",
     "plot_frontiers": "comparison_plots",
@@ -176,6 +193,7 @@ _HOME = {
     "recommend": "evaluation",
     "report_data": "reporting",
     "reranker": "rerank",
+    "retrieval_vectors": "serving",
     "score_groups": "attribution",
     "score_neurons": "attribution",
     "simulate": "data",

@@ -44,6 +44,7 @@ from steerrec.neurons import NeuronDescriptions
 from steerrec.published import cache_of
 from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender, fingerprint
+from steerrec.serving import scoring_record
 from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
 from steerrec.untrusted import json_able, open_inside, plain_name, read_json, shown
@@ -125,7 +126,11 @@ class Artifact:
         """A new artifact with one SAE for a recommender."""
         site = site or rec.site
         known = {"adapter": type(rec).__name__, "source": None, **rec.describe()}
-        base = {**known, "fingerprint": {site.folder: fingerprint(rec, site)}}
+        base = {
+            **known,
+            "scoring": scoring_record(rec),
+            "fingerprint": {site.folder: fingerprint(rec, site)},
+        }
         here = SiteArtifact(site, sae, dict(training or {}))
         return cls(base, {site.folder: here}, dict(data or {}), items)
 
