@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -155,7 +154,7 @@ def _only_row(
     shape = next((tuple(found.shape) for found in reversed(seen) if len(found) == batch), None)
     if shape is None or len(shape) != 2:
         shape = (batch, 1)
-    items = _real(site, seen, cast(tuple[int, int], shape)).sum(dim=1).to(tensor.device)
+    items = _real(site, seen, shape).sum(dim=1).to(tensor.device)
     return Place(last=torch.zeros_like(items), items=items), Firing(tensor[:, 0], batch, call, ids)
 
 
