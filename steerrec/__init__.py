@@ -40,11 +40,14 @@ if TYPE_CHECKING:
     from steerrec.data import leave_one_out as leave_one_out
     from steerrec.data import read_interactions as read_interactions
     from steerrec.data import simulate as simulate
+    from steerrec.describing import describe_neuron as describe_neuron
+    from steerrec.describing import describe_neurons as describe_neurons
     from steerrec.effects import grad_attribution as grad_attribution
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.explaining import strongest_alone as strongest_alone
     from steerrec.exporting import export_artifact as export_artifact
     from steerrec.exporting import export_transform as export_transform
     from steerrec.expressions import recipe_of as recipe_of
@@ -60,8 +63,11 @@ if TYPE_CHECKING:
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
     from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.neurons import NeuronDescription as NeuronDescription
+    from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
     from steerrec.profiles import Contrast as Contrast
@@ -76,6 +82,8 @@ if TYPE_CHECKING:
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_ablations as plot_ablations
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.report_page import write_report as write_report
+    from steerrec.reporting import report_data as report_data
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
@@ -86,6 +94,7 @@ if TYPE_CHECKING:
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
+    from steerrec.steered_users import describe_users as describe_users
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
     from steerrec.strengths import ChosenStrength as ChosenStrength
@@ -116,6 +125,8 @@ _HOME = {
     "ItemHead": "recommender",
     "LatentSteering": "operations",
     "Lengths": "sites",
+    "NeuronDescription": "neurons",
+    "NeuronDescriptions": "neurons",
     "NeuronGate": "gates",
     "RealMask": "sites",
     "Recipe": "recipes",
@@ -144,6 +155,9 @@ _HOME = {
     "check_conformance": "conformance",
     "choose_strength": "strengths",
     "compare": "comparison",
+    "describe_neuron": "describing",
+    "describe_neurons": "describing",
+    "describe_users": "steered_users",
     "edit": "hooks",
     "evaluate": "evaluation",
     "export_artifact": "exporting",
@@ -159,11 +173,13 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "strongest_alone": "explaining",
     "plot_ablations": "report",
     "plot_attribution_study": "study_plot",
     "plot_frontiers": "comparison_plots",
@@ -175,6 +191,7 @@ _HOME = {
     "read_interactions": "data",
     "recipe_of": "expressions",
     "recommend": "evaluation",
+    "report_data": "reporting",
     "reranker": "rerank",
     "retrieval_vectors": "serving",
     "score_groups": "attribution",
@@ -187,6 +204,7 @@ _HOME = {
     "user_vectors": "recommender",
     "users_by_taste": "profiles",
     "wrap": "wrapping",
+    "write_report": "report_page",
 }
 
 __all__ = ["__version__", *_HOME]

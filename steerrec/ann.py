@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,6 +180,7 @@ def faiss_index(
         ) from error
 
     def search(queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        return cast(NDArray[np.int64], index.search(queries, k)[1])
+        found: NDArray[np.int64] = index.search(queries, k)[1]
+        return found
 
     return search

@@ -66,7 +66,7 @@ def _compiled(
 ) -> Tensor | None:
     """What the step makes of pre-activations [B, d_sae] at all strengths; None if torch has to."""
     sae, step = transform.sae, transform.step
-    if not isinstance(step, ShiftStep) or sae.threshold is not None:
+    if not isinstance(step, ShiftStep) or sae.threshold is not None or sae.k is None:
         return None
     arrays = as_arrays(pre_acts, step.shift, sae.W_dec)
     if arrays is None or kernels() is None:

@@ -65,6 +65,10 @@ class ItemHead:
         """Width H of the user vectors that this head scores."""
         return self.weight.shape[1]
 
+    def cast(self, user_vectors: Tensor) -> Tensor:
+        """User vectors in the dtype and on the device that `scores` takes them in."""
+        return user_vectors.to(self.weight)
+
     def scores(self, user_vectors: Tensor) -> Tensor:
         """Scores [B, N] of every item for `user_vectors` [B, H]."""
         weight = self.weight

@@ -86,6 +86,7 @@ def sweep(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     k: int = 10,
     mask_seen: bool = False,
+    max_users: int | None = None,
 ) -> Sweep:
     """Measure a steering at many strengths, on validation and on test.
 
@@ -102,11 +103,13 @@ def sweep(
         Strengths; 0 is always measured first.
     k, mask_seen
         See `measure`.
+    max_users
+        See `capture_held_out`.
     """
     strengths = (0.0, *(alpha for alpha in alphas if alpha != 0))
     found: dict[Which, list[Evaluation]] = {"valid": [], "test": []}
     for which, results in found.items():
-        capture = partial(capture_held_out, rec, split, which)
+        capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
         moved = (
             steered_at(users.vectors, SteerTransform(sae, steering), strengths[1:])
