@@ -18,12 +18,12 @@ from steerrec.evaluation import (
     rank,
     rank_steered,
 )
+from steerrec.many_strengths import steered_at
 from steerrec.progress import track
 from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
 from steerrec.steering import SteerTransform
-from steerrec.many_strengths import steered_at
 
 
 @dataclass(frozen=True)
