@@ -69,8 +69,8 @@ def test_ratios(users, capsys):
         found = cpu_seconds(transforms, x, 30 if users > 1 else 2000)
     torch.set_num_threads(threads)
     with capsys.disabled():
-        print(f"\n{users} user vectors, CPU time, as a multiple of the rule's:")
+        print(f"\n{users} user vectors, CPU time as a multiple of the rule's:")  # noqa: T201
         for name, seconds in found.items():
-            print(f"  {name:36} {seconds / found['rule']:.2f}  ({1e6 * seconds:,.0f} us)")
+            print(f"  {name:36} {seconds / found['rule']:.2f}  ({1e6 * seconds:,.0f} us)")  # noqa: T201
     if users > 1:
         assert max(found.values()) < 2 * found["rule"]
