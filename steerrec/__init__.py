@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.explaining import strongest_alone as strongest_alone
     from steerrec.exporting import export_artifact as export_artifact
     from steerrec.exporting import export_transform as export_transform
     from steerrec.expressions import recipe_of as recipe_of
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
     from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.neurons import NeuronDescription as NeuronDescription
@@ -171,11 +173,13 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "strongest_alone": "explaining",
     "plot_ablations": "report",
     "plot_attribution_study": "study_plot",
     "plot_frontiers": "comparison_plots",

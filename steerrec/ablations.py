@@ -177,8 +177,8 @@ def ablate(
     layers
         Paths of the modules to steer at; by default the blocks of the model.
     training, sampling
-        How SAEs are trained, where a study trains some; latents, k and architecture are those of
-        `sae`.
+        How SAEs are trained, where a study trains some; `latents`, `k` and architecture are those
+        of `sae`.
     users
         Synthetic users of each group.
     max_users
@@ -207,7 +207,7 @@ def ablate(
     training = replace(
         training,
         latents=sae.d_sae,
-        k=sae.k or training.k,
+        k=sae.k or min(training.k, sae.d_sae),  # which an imported one need not say
         architecture=sae.architecture,
         seed=seed,
     )

@@ -68,8 +68,8 @@ class ScoringSpec:
     strict
         Whether another model than the one that the artifact was made for is an error.
     recipe
-        Recipe of the artifact, or an expression of several (`steerrec.expressions`); None for the PopSteer rule with `contrast`, `neurons`, `splice`
-        and `popsteer_compat`.
+        Recipe of the artifact, or an expression of several (`steerrec.expressions`); None for the
+        PopSteer rule with `contrast`, `neurons`, `splice` and `popsteer_compat`.
     alpha
         Strength; the recipe's own if None.
     k, mask_seen
