@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from steerrec.artifacts import SiteArtifact
     from steerrec.comparison_results import Comparison, MethodResult, Row
     from steerrec.data import Histories, Split
+    from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
     from steerrec.rerank import Reranker
-    from steerrec.steering import Steering
 
 LEARNED = {"learned": "even", "learned-gini": "gini", "learned-ltc": "ltc"}
 """Methods that are learned first, and their objectives."""
@@ -39,7 +39,7 @@ def compare(
         str | None,
         typer.Option("--methods", help="Only these, such as popsteer,ipr; all by default."),
     ] = None,
-    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    contrast: opt.ContrastName = "popularity",
     k: opt.K = 10,
     mask_seen: opt.MaskSeen = False,
     pool: Annotated[
@@ -135,13 +135,14 @@ def _methods(
     learn: Callable[[str], Reranker],
 ) -> tuple[dict[str, Reranker], dict[str, float]]:
     """The methods that were asked for, and how long each took to make."""
+    from steerrec.contrasts import contrast_name
     from steerrec.errors import MethodError
     from steerrec.profiles import popularity_contrast
     from steerrec.rerank import METHODS, reranker, score_dimensions
     from steerrec.steering import Steering, SteerTransform
 
-    sae = here.sae.to(device)
-    steerings: dict[str, Callable[[], Steering]] = {
+    sae, contrast = here.sae.to(device), contrast_name(contrast)
+    steerings: dict[str, Callable[[], Recipe]] = {
         "popsteer": lambda: Steering.popsteer(here.table(contrast)),
         "popsteer-compat": lambda: Steering.popsteer(here.table(contrast), popsteer_compat=True),
         **{name: partial(here.recipe, name) for name in here.steerings},

@@ -79,6 +79,14 @@ K = Annotated[int, typer.Option("-k", "--top-k", min=1, help="Length of the list
 MaskSeen = Annotated[
     bool, typer.Option("--mask-seen", help="Leave out every item of a user's history.")
 ]
+MaxUsers = Annotated[
+    int | None,
+    typer.Option(
+        "--max-users",
+        min=1,
+        help="Measure on at most so many held-out users, a seeded sample; all by default.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 
 
@@ -93,6 +101,23 @@ def _usable(device: str) -> str:
             reason = str(error).partition("\n")[0]
             raise typer.BadParameter(f"{device!r} cannot be used here: {reason}") from None
     return device
+
+
+CONTRAST_HELP = (
+    "popularity; items by attribute (genres=Horror), number or quantile (price>q80), list "
+    "(items:FILE), each against all others or, by `A vs B`, another group."
+)
+Contrasts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--contrast",
+        help=f"What to look for, popularity by default: {CONTRAST_HELP} May be repeated.",
+        show_default=False,
+    ),
+]
+ContrastName = Annotated[
+    str, typer.Option("--contrast", help="Which table, by the words that it was made with.")
+]
 
 
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …", callback=_usable)]
@@ -205,6 +230,13 @@ def histories_for(rec: Recommender, interactions: Interactions) -> Histories:
     from steerrec.recommender import columns_read
 
     return build_histories(interactions, rec.catalogue, columns=columns_read(rec))
+
+
+def catalogue_for(rec: Recommender, interactions: Interactions) -> Catalogue:
+    """The model's catalogue, with the attributes that only the data has."""
+    from steerrec.contrasts import with_attributes
+
+    return with_attributes(rec.catalogue, interactions)
 
 
 def open_model(
@@ -362,6 +394,16 @@ def not_on_hub(artifact: str, why: str) -> Exception:
     )
 
 
+def not_scored(site: Site, scored: Site, what: str) -> Exception:
+    """The error for an SAE that is not at the vector that the scores are computed from."""
+    from steerrec.errors import SiteError
+
+    return SiteError(
+        f"the SAE is at {site.name}, not at the scored vector ({scored.name}), which {what} needs; "
+        "attach one there"
+    )
+
+
 def warn_unless_conforming(rec: Recommender) -> None:
     """Say what is wrong with a recommender before anything is computed with it.
 
@@ -473,6 +515,10 @@ def describe_protocol(found: Evaluation) -> str:
         f"{split}, {seen}, k = {protocol['k']}, "
         f"{protocol['users']:,} users, {protocol['items']:,} items"
     )
+    if sample := protocol.get("sample"):
+        line += f", a sample of {sample['of']:,} users (seed {sample['seed']})"
+    if "item_dtype" in protocol:
+        line += f", items in {protocol['item_dtype']}"
     unreachable = protocol.get("unreachable", 0.0)
     return line + (f", {unreachable:.1%} of targets unreachable" if unreachable else "")
 

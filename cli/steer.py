@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerrec.cli import engine_options as eng
 from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.data import Histories
     from steerrec.ranking import TopK
+    from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
     from steerrec.tradeoff import Sweep
 
@@ -49,7 +51,7 @@ def steer(
     neurons: Annotated[
         int | None, typer.Option("--neurons", min=1, help="Only the strongest N; all by default.")
     ] = None,
-    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    contrast: opt.ContrastName = "popularity",
     splice: Annotated[
         SpliceName | None,
         typer.Option("--splice", help="Add the change to the vector, or replace the vector."),
@@ -59,10 +61,45 @@ def steer(
         typer.Option("--popsteer-compat", help="Do what the paper's published code does."),
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Steer by a recipe saved in ARTIFACT.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Saved recipes and tables, added and scaled: popularity*-0.8 + genres=Horror*0.3.",
+        ),
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            "--gate",
+            help="Whom to steer: neuron:812, neuron:812>0.5, not neuron:812; taste:0.5 steers fans "
+            "of popular items more, taste:-0.5 less.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            help="Find the strength on validation: gini, popularity, tail_share, or the share of a "
+            "group of items, genres=Horror or genres=Horror@0.1.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Share of nDCG that --objective may cost; 0.05 by default."),
+    ] = None,
+    learn: Annotated[
+        bool,
+        typer.Option("--learn", help="Learn the recipe itself for --objective, and save it."),
+    ] = False,
     save: Annotated[
         str | None, typer.Option("--save", help="Save what is steered by as a recipe in ARTIFACT.")
+    ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            "--shares",
+            help="Share of the list slots of each value of an attribute, before and after.",
+        ),
     ] = None,
     k: opt.K = 10,
     split: Annotated[
@@ -70,6 +107,7 @@ def steer(
         typer.Option("--split", help="Whole histories, or a held-out part with its metrics."),
     ] = SplitName.none,
     mask_seen: opt.MaskSeen = False,
+    max_users: opt.MaxUsers = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -85,6 +123,18 @@ def steer(
     alphas: Annotated[
         str | None, typer.Option("--alphas", help="Strengths for --sweep, such as 0.5,1,2.")
     ] = None,
+    item_dtype: eng.ItemDtypeOption = eng.ItemDtypeName.float32,
+    engine: eng.EngineOption = None,
+    address: eng.Address = None,
+    workers: eng.Workers = None,
+    threads: eng.Threads = None,
+    block_users: Annotated[
+        int | None,
+        typer.Option(
+            "--block-users", min=1, help="Users in a block; 16384.", rich_help_panel=eng.PANEL
+        ),
+    ] = None,
+    seed: opt.Seed = 0,
     site: opt.SiteName = None,
     strict: opt.Strict = True,
     revision: opt.Revision = None,
@@ -99,8 +149,25 @@ def steer(
     force: opt.Force = False,
     json_output: opt.Json = False,
 ) -> None:
-    """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
+    """Recommend with steering; with --split or --sweep say what it gains and what it costs.
+
+    With --engine users are scored in blocks, each a Parquet file in the folder -o; DATA may then
+    hold histories in Parquet, one row a user. After an interruption the same command goes on.
+    """
+    import torch
+
     from steerrec.artifacts import save_steering
+    from steerrec.cli.recipes import (
+        BUDGET,
+        at_budget,
+        effects,
+        gated_by,
+        learned,
+        print_effects,
+        print_shares,
+    )
+    from steerrec.contrasts import attribute_column
+    from steerrec.contrasts import contrast_name as plain
     from steerrec.evaluation import (
         Which,
         capture_held_out,
@@ -109,18 +176,35 @@ def steer(
         rank,
         rank_steered,
     )
-    from steerrec.steering import Steering
+    from steerrec.expressions import named_recipe
+    from steerrec.item_dtypes import with_item_dtype
+    from steerrec.operations import ResponseSteering
+    from steerrec.shares import slot_shares
+    from steerrec.strengths import objective_of
 
-    _check(output, sweep, alphas, force, splice, popsteer_compat)
+    if engine is None:
+        eng.refuse(
+            **{"--address": address, "--workers": workers, "--threads": threads},
+            **{"--block-users": block_users},
+        )
+        _check(output, sweep, alphas, force, splice, popsteer_compat)
     if sweep and (alpha is not None or split is not SplitName.none):
         raise typer.BadParameter("--sweep measures its own strengths on both held-out parts")
+    if max_users and not sweep and split is SplitName.none:
+        raise typer.BadParameter("--max-users goes with --split valid, --split test or --sweep")
     if sweep and save:
         raise typer.BadParameter("--save goes with one strength, not with --sweep")
     if recipe and (neurons or splice or popsteer_compat):
         raise typer.BadParameter("--recipe says itself which neurons to turn, and how")
+    if objective is None and (learn or budget is not None):
+        raise typer.BadParameter("--learn and --budget go with --objective")
+    if objective is not None and (sweep or alpha is not None):
+        raise typer.BadParameter("--objective finds the strength: leave out --alpha and --sweep")
+    if learn and (recipe or gate or splice or popsteer_compat or contrast != "popularity"):
+        raise typer.BadParameter("--learn makes its own recipe: leave out what describes another")
 
-    if save and opt.is_on_hub(artifact):
-        raise opt.not_on_hub(artifact, "--save writes a recipe into it")
+    if (save or learn) and opt.is_on_hub(artifact):
+        raise opt.not_on_hub(artifact, "--save and --learn write a recipe into it")
 
     read = partial(
         opt.read_data,
@@ -132,23 +216,104 @@ def steer(
         dedup=dedup,
         format=format,
     )
+    if engine is not None:
+        from steerrec.batch_scoring import ScoringSpec
+        from steerrec.cli.steer_blocks import steer_blocks
+
+        if sweep or save or split is not SplitName.none:
+            raise typer.BadParameter("--engine recommends: no --sweep, --save or --split")
+        if gate or objective or shares:
+            raise typer.BadParameter(
+                "--engine has no --gate, --objective or --shares: save a recipe first, and steer "
+                "by --recipe"
+            )
+        steer_blocks(
+            ScoringSpec(
+                artifact=artifact,
+                revision=revision,
+                site=site,
+                model=model,
+                strict=strict,
+                recipe=recipe,
+                contrast=contrast,
+                neurons=neurons,
+                splice=None if splice is None else splice.value,
+                popsteer_compat=popsteer_compat,
+                alpha=alpha,
+                k=k,
+                mask_seen=mask_seen,
+                item_dtype=item_dtype.value,
+                device=device,
+            ),
+            data,
+            output,
+            read,
+            item_map,
+            eng.engine_of(engine, address, workers, threads, device),
+            block_users=block_users,
+            force=force,
+            json=json_output,
+        )
+        return
     opened, rec, interactions = opt.open_artifact(
         artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     opt.check_k(k, rec)
+    exact, rec = rec, with_item_dtype(rec, item_dtype.value)
+    if shares is not None:  # before anything is computed
+        attribute_column(opt.catalogue_for(rec, interactions), shares)
     here = opened.at(site)
-    if recipe:
-        steering = here.recipe(recipe)
+    sae = here.sae.to(device)
+    tuned: dict[str, Any] = {}
+    goal = None
+    if objective is not None:
+        split_counts = torch.from_numpy(opt.split_for(rec, interactions).counts.copy())
+        goal = objective_of(objective, opt.catalogue_for(rec, interactions), split_counts)
+    if learn and goal is not None:
+        if here.site != rec.site:
+            raise opt.not_scored(here.site, rec.site, "--learn")
+        steering: Recipe = learned(
+            rec,
+            sae,
+            opt.split_for(rec, interactions),
+            goal,
+            BUDGET if budget is None else budget,
+            neurons,
+            k=k,
+            mask_seen=mask_seen,
+            seed=seed,
+        )
+        save = save or plain(steering.name)
+        tuned["learned"] = dict(steering.provenance)
     else:
-        steering = Steering.popsteer(
-            here.table(contrast),
+        steering = named_recipe(
+            here,
+            recipe,
+            contrast,
             neurons=neurons,
             splice=None if splice is None else splice.value,
             popsteer_compat=popsteer_compat,
         )
+        if gate is not None:
+            steering = gated_by(steering, gate, rec, opt.split_for(rec, interactions))
+        if goal is not None:
+            steering, found_strength = at_budget(
+                steering,
+                rec,
+                sae,
+                opt.split_for(rec, interactions),
+                goal,
+                BUDGET if budget is None else budget,
+                site=here.site,
+                k=k,
+                mask_seen=mask_seen,
+                seed=seed,
+            )
+            tuned["chosen_on_validation"] = asdict(found_strength)
+            kept = {**steering.provenance, "objective": objective, "budget": found_strength.budget}
+            steering = steering._with(provenance=kept)
     if alpha is not None:
         steering = steering.with_alpha(alpha)
-    sae = here.sae.to(device)
     if sweep:
         from steerrec.tradeoff import DEFAULT_ALPHAS
         from steerrec.tradeoff import sweep as run_sweep
@@ -163,17 +328,20 @@ def steer(
             alphas=strengths,
             k=k,
             mask_seen=mask_seen,
+            max_users=max_users,
         )
         folder = output or SWEEP
-        write_sweep(result, folder, title="Steering popularity", json=json_output)
+        write_sweep(result, folder, title=f"Steering by {recipe or contrast}", json=json_output)
         opt.record_result(artifact, here.site, "sweep", result.to_dict(), folder / "sweep.png")
         return
     if split is SplitName.none:
         capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
     else:
         which: Which = "valid" if split is SplitName.valid else "test"
-        capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)
+        split_data = opt.split_for(rec, interactions)
+        capture = partial(capture_held_out, rec, split_data, which, max_users=max_users)
     users = capture()
+    error = eng.error_of(exact, rec, item_dtype, users.vectors, k)
     base = rank(rec, users, k=k, mask_seen=mask_seen)
     lists = rank_steered(
         rec, sae, steering, users, capture, site=here.site, k=k, mask_seen=mask_seen
@@ -182,18 +350,39 @@ def steer(
         "unsteered": measure_lists(rec, users, base, mask_seen=mask_seen),
         "steered": measure_lists(rec, users, lists, mask_seen=mask_seen),
     }
+    if learn:
+        assert isinstance(steering, ResponseSteering)
+        tuned["neurons"] = effects(steering, rec, sae, users)
+        few = [effect["neuron"] for effect in tuned["neurons"]]
+        only = steering.only(torch.tensor(few, dtype=torch.int64))
+        lists_of_few = rank(rec, users, k=k, mask_seen=mask_seen, transform=only.transform(sae))
+        part = f"by {len(few)} neurons alone"
+        results[part] = measure_lists(rec, users, lists_of_few, mask_seen=mask_seen)
+    if shares is not None:
+        catalogue = opt.catalogue_for(rec, interactions)
+        named_lists = {"unsteered": base, "steered": lists}
+        tuned["shares"] = {
+            name: slot_shares(found.ids, catalogue, shares) for name, found in named_lists.items()
+        }
     if save:
-        named = replace(steering, name=save)
-        opt.note(f"{save_steering(artifact, here.site, named)} written")
+        opt.note(f"{save_steering(artifact, here.site, steering.named(save))} written")
     if output is not None:
         write_recommendations(output, rec, users.histories, lists)
         opt.note(f"{output} written")
     if json_output:
         found = {name: result.to_dict() for name, result in results.items()}
         file = None if output is None else str(output)
-        opt.print_json({"alpha": steering.alpha, "recommendations": file, **found})
+        opt.print_json(
+            {"alpha": steering.alpha, "recommendations": file, **found, **tuned, **error}
+        )
     else:
         opt.print_evaluations(results)
+        if error:
+            opt.note(eng.describe_error(error, k))
+        if shares is not None:
+            print_shares(shares, tuned["shares"])
+        if learn:
+            print_effects(tuned["neurons"])
 
 
 def _check(
@@ -229,23 +418,10 @@ def _check(
 
 def write_recommendations(path: Path, rec: Recommender, histories: Histories, lists: TopK) -> None:
     """One row a recommendation: user_id, rank, item_id, title, score, with the data's own ids."""
-    import numpy as np
-    import polars as pl
-
     from steerrec.files import atomic_file
+    from steerrec.recommendations import recommendation_frame
 
-    users, k = lists.ids.shape
-    frame = pl.DataFrame(
-        {
-            "user_id": histories.user_ids.gather(np.repeat(np.arange(users), k)),
-            "rank": np.tile(np.arange(1, k + 1), users),
-            "row": lists.ids.flatten().numpy(),
-            "score": lists.scores.flatten().numpy(),
-        }
-    ).filter(pl.col("row") >= 0)
-    items = rec.catalogue.frame.select("row", "item_id", "title")
-    frame = frame.join(items, on="row", how="left", maintain_order="left")
-    frame = frame.select("user_id", "rank", "item_id", "title", "score")
+    frame = recommendation_frame(rec.catalogue, histories.user_ids, lists)
     with atomic_file(path) as temporary:
         if path.suffix == ".parquet":
             frame.write_parquet(temporary)

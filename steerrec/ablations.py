@@ -177,7 +177,8 @@ def ablate(
     layers
         Paths of the modules to steer at; by default the blocks of the model.
     training, sampling
-        How SAEs are trained, where a study trains some; `latents` and `k` are those of `sae`.
+        How SAEs are trained, where a study trains some; `latents`, `k` and architecture are those
+        of `sae`.
     users
         Synthetic users of each group.
     max_users
@@ -202,7 +203,14 @@ def ablate(
     for study in studies:
         if study not in STUDIES:
             raise MethodError(f"no study {study!r}; there are {', '.join(STUDIES)}")
-    training = replace(training or SAETraining(), latents=sae.d_sae, k=sae.k, seed=seed)
+    training = training or SAETraining()
+    training = replace(
+        training,
+        latents=sae.d_sae,
+        k=sae.k or min(training.k, sae.d_sae),  # which an imported one need not say
+        architecture=sae.architecture,
+        seed=seed,
+    )
     captures: dict[Which, Callable[[], CapturedUsers]] = {
         which: partial(capture_held_out, rec, split, which, max_users=max_users, seed=seed)
         for which in ("valid", "test")
@@ -330,13 +338,13 @@ class _Bench:
         yield self.ruled("neurons", f"all {self.sae.d_sae}", partial(self.rule, self.sae))
 
     def _k(self) -> Iterator[Variant]:
-        for k in sorted({*KS, self.sae.k}):
+        for k in sorted({*KS, self.training.k}):
             if k <= self.training.latents:
                 yield self.fresh("k", f"{k}", k=k)
 
     def _latents(self) -> Iterator[Variant]:
         for latents in sorted({*(self.sae.d_in * e for e in EXPANSIONS), self.sae.d_sae}):
-            if latents >= self.sae.k:
+            if latents >= self.training.k:
                 yield self.fresh("latents", f"{latents}", latents=latents)
 
     def _fvu(self) -> Iterator[Variant]:
@@ -420,7 +428,7 @@ class _Bench:
     def untrained(self) -> tuple[SparseAutoencoder, Steering, Site, dict[str, Any]]:
         """An SAE of random weights with the centre of the trained one."""
         draw = torch.Generator().manual_seed(self.seed)
-        sae = SparseAutoencoder(self.sae.d_in, self.sae.d_sae, self.sae.k, generator=draw)
+        sae = SparseAutoencoder(self.sae.d_in, self.sae.d_sae, self.training.k, generator=draw)
         with torch.no_grad():
             sae.b_dec.copy_(self.sae.b_dec)
         sae.requires_grad_(False)

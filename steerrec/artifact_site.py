@@ -5,25 +5,31 @@ The record of all sites, and whose artifact it is, are in `artifacts`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steerrec.artifact_parts import (
+    make_metadata,
+    part_file,
+    part_files,
+    read_metadata,
+    without,
+)
+from steerrec.artifact_recipes import RECIPES, read_recipe, unknown_keys, write_recipe
 from steerrec.artifact_results import read_results, write_picture, write_result
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.files import atomic_file, write_json
+from steerrec.recipes import Recipe
 from steerrec.sites import Site, TokenIds
-from steerrec.steering import Steering
 from steerrec.tensor_files import TensorFile, dtype_name, write_tensors
 from steerrec.untrusted import (
     json_able,
-    parse_object,
     plain_name,
     printable,
     read_json,
@@ -34,15 +40,12 @@ RECORD = "steerrec.json"
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 TABLES = "attribution"
-RECIPES = "steering"
 
 _NEEDED_COLUMNS = ("cohens_d", "std_a", "std_b")
 _DTYPES = {
     dtype_name(dtype): dtype
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
-_MAX_ALPHA = 1e6  # torch refuses what single precision does not hold
-_IN_HEADER = "__metadata__"  # what safetensors calls it, under which its unknown keys are kept
 _IN_CONFIG = f"{CONFIG} metadata"
 # Settings of SAELens that change what the weights compute; an artifact has them folded in.
 _FOLDED = {
@@ -85,7 +88,7 @@ class SiteArtifact:
     sae: SparseAutoencoder
     training: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, AttributionTable] = field(default_factory=dict)
-    steerings: dict[str, Steering] = field(default_factory=dict)
+    steerings: dict[str, Recipe] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     unknown: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class SiteArtifact:
             )
         return self.tables[contrast]
 
-    def recipe(self, name: str) -> Steering:
+    def recipe(self, name: str) -> Recipe:
         """The steering recipe of this name.
 
         Raises
@@ -129,12 +132,7 @@ class SiteArtifact:
         for name, table in self.tables.items():
             yield from (f"{shown(key)} in {TABLES}/{name}" for key in table.unknown)
         for name, steering in self.steerings.items():
-            yield from (f"{shown(key)} in {RECIPES}/{name}" for key in steering.unknown)
-
-
-def without(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The entries whose keys are not known."""
-    return {key: value for key, value in values.items() if key not in known}
+            yield from (f"{shown(key)} in {RECIPES}/{name}" for key in unknown_keys(steering))
 
 
 # --- writing
@@ -155,7 +153,7 @@ def write_site(folder: Path, here: SiteArtifact, source: object) -> None:
     for table in here.tables.values():
         write_table(folder, table)
     for steering in here.steerings.values():
-        write_recipe(folder, steering)
+        write_recipe(folder, steering, here.sae.d_in)
     for name, found in here.results.items():
         write_result(folder, name, found)
     for name, picture in here.pictures.items():
@@ -164,40 +162,12 @@ def write_site(folder: Path, here: SiteArtifact, source: object) -> None:
 
 def write_table(folder: Path, table: AttributionTable) -> Path:
     """Write an attribution table into a site's folder."""
-    file = _part(folder, TABLES, table.name)
+    file = part_file(folder, TABLES, table.name)
     made = {"contrast": table.contrast, "provenance": table.provenance}
     columns = {name: values.float() for name, values in table.columns.items()}
     with atomic_file(file) as temporary:
-        write_tensors(temporary, columns, _metadata("table", made, table.unknown))
+        write_tensors(temporary, columns, make_metadata("table", made, table.unknown))
     return file
-
-
-def write_recipe(folder: Path, steering: Steering) -> Path:
-    """Write a steering recipe into a site's folder."""
-    file = _part(folder, RECIPES, steering.name)
-    recipe = {
-        "operation": "shift",
-        "alpha": steering.alpha,
-        "splice": steering.splice,
-        "name": steering.name,
-        "provenance": dict(steering.provenance),
-    }
-    with atomic_file(file) as temporary:
-        metadata = _metadata("steering", recipe, steering.unknown)
-        write_tensors(temporary, {"shift": steering.shift.float()}, metadata)
-    return file
-
-
-def _part(folder: Path, kind: str, name: str) -> Path:
-    return folder / kind / f"{plain_name(name, 'the name')}.safetensors"
-
-
-def _metadata(key: str, made: Mapping[str, Any], unknown: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a safetensors file: one JSON, and what a newer steerrec had beside it."""
-    whole = dict(made) | without(unknown, {_IN_HEADER})
-    text = json.dumps(json_able(whole), ensure_ascii=False)
-    parse_object(text, f"the metadata of {key}")  # what could not be read is not written
-    return {key: text} | dict(unknown.get(_IN_HEADER, {}))
 
 
 # --- reading
@@ -224,11 +194,11 @@ def read_site(folder: Path, root: Path, entry: Any) -> SiteArtifact:
     config = read_json(folder / CONFIG, root)
     here = SiteArtifact(site, _read_sae(folder, root, config), training)
     d_sae = here.sae.d_sae
-    for file in _parts(folder / TABLES):
+    for file in part_files(folder / TABLES):
         table = _read_table(file, root, d_sae)
         here.tables[table.name] = table
-    for file in _parts(folder / RECIPES):
-        steering = _read_recipe(file, root, d_sae)
+    for file in part_files(folder / RECIPES):
+        steering = read_recipe(file, root, d_sae, here.sae.d_in)
         here.steerings[steering.name] = steering
     here.results, here.pictures = read_results(folder, root)
     metadata = config.get("metadata")
@@ -288,22 +258,11 @@ def _read_sae(folder: Path, root: Path, config: Mapping[str, Any]) -> SparseAuto
         return SparseAutoencoder.from_weights({name: opened.read(name) for name in shapes}, k)
 
 
-def _parts(folder: Path) -> list[Path]:
-    """The safetensors files in a folder that may not be there."""
-    try:
-        files = sorted(folder.glob("*.safetensors"))
-    except OSError as error:
-        raise ArtifactError(f"{folder} cannot be read: {error}") from error
-    for file in files:
-        plain_name(file.stem, f"{folder}: file")
-    return files
-
-
 def _read_table(file: Path, root: Path, d_sae: int) -> AttributionTable:
     with TensorFile(file, root) as opened:
         needed = dict.fromkeys(_NEEDED_COLUMNS, (d_sae,))
         opened.require(needed, torch.float32, others=(d_sae,))
-        made, metadata = _made(opened, "table")
+        made, metadata = read_metadata(opened, "table")
         columns = {name: opened.read(name) for name in opened.tensors}
     match made:
         case {"contrast": {"name": str(name)} as contrast, "provenance": dict() as provenance}:
@@ -313,48 +272,6 @@ def _read_table(file: Path, root: Path, d_sae: int) -> AttributionTable:
             raise ArtifactError(f"{file} does not say which contrast it is of, and how it was made")
     unknown = without(made, {"contrast", "provenance"}) | metadata
     return AttributionTable(columns, contrast, provenance, unknown)
-
-
-def _read_recipe(file: Path, root: Path, d_sae: int) -> Steering:
-    with TensorFile(file, root) as opened:
-        made, metadata = _made(opened, "steering")
-        if made.get("operation") != "shift":
-            raise ArtifactError(
-                f"{file} uses operation {shown(made.get('operation'))}, which this steerrec does "
-                "not know: upgrade steerrec"
-            )
-        opened.require({"shift": (d_sae,)}, torch.float32)
-        shift = opened.read("shift")
-    match made:
-        case {
-            "alpha": (int() | float()) as alpha,
-            "splice": ("delta" | "reconstruct") as splice,
-            "provenance": dict() as provenance,
-        } if type(alpha) is not bool and abs(alpha) <= _MAX_ALPHA:
-            known = {"operation", "alpha", "splice", "name", "provenance"}
-            return Steering(
-                shift,
-                alpha=float(alpha),
-                splice=splice,
-                name=file.stem,
-                provenance=provenance,
-                unknown=without(made, known) | metadata,
-            )
-    raise ArtifactError(
-        f"{file} is not a steering recipe; expected an alpha of {_MAX_ALPHA:g} at most, splice "
-        "'delta' or 'reconstruct', and a provenance"
-    )
-
-
-def _made(opened: TensorFile, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON in a file's metadata, and the rest of the metadata, if any."""
-    if key not in opened.metadata:
-        raise ArtifactError(
-            f"{opened.path} has no {key!r} in its metadata; it is no artifact's file"
-        )
-    made = parse_object(opened.metadata[key], f"the metadata of {opened.path}")
-    rest = without(opened.metadata, {key})
-    return made, {_IN_HEADER: rest} if rest else {}
 
 
 def _positive(config: Mapping[str, Any], key: str, file: Path) -> int:

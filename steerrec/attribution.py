@@ -6,17 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steerrec.activations import length_batches
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
+from steerrec.errors import ArtifactError
 from steerrec.moments import RunningMoments
+from steerrec.neuron_moments import FiringCounts, NeuronMoments
 from steerrec.profiles import Contrast, synthetic_users
 from steerrec.progress import track
 from steerrec.recommender import Recommender, user_vectors
+from steerrec.separation import aurocs, point_biserial
 from steerrec.sites import Site
+
+RANKING = ("grad_attribution", "cohens_d")
+"""By which column neurons are ranked unless another is named: the first that a table has."""
+
+NEUTRAL = {"auroc": 0.5}
+"""What a column says of a neuron that has nothing to do with the contrast, where it is not 0."""
+
+RANKED_USERS = 8192
+"""AUROC is computed from so many users of a group at most: their vectors are held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +43,10 @@ class AttributionTable:
         Float32 [d_sae] each: `cohens_d` and its standard error `cohens_d_se`; `mean_a`, `mean_b`,
         `std_a`, `std_b` of the pre-activations over the synthetic users of groups A and B;
         `firing_rate_a`, `firing_rate_b`, the share of them in which the neuron is active;
-        `zero_variance`, 1 where d was set to 0 for want of any variance.
+        `zero_variance`, 1 where d was set to 0 for want of any variance; `point_biserial` with
+        `point_biserial_low` and `point_biserial_high`; `auroc` with `auroc_se`. Those of
+        `add_columns` where it was called. Whatever tells group A from B is positive, or above 0.5
+        in `auroc`, for a neuron that carries A. Old tables have fewer columns.
     contrast
         `Contrast.describe()` of the contrast.
     provenance
@@ -55,9 +72,37 @@ class AttributionTable:
         name: str = self.contrast["name"]
         return name
 
-    def strongest(self, n: int, by: str = "cohens_d") -> Tensor:
-        """The n neurons with the largest absolute value in a column, strongest first, [n]."""
-        order = self.columns[by].abs().sort(descending=True, stable=True).indices
+    @property
+    def ranking(self) -> str:
+        """The column that neurons are ranked by unless another is named."""
+        return next(column for column in RANKING if column in self.columns)
+
+    def signed(self, column: str) -> Tensor:
+        """A column as strengths, [d_sae]: 0 where a neuron has nothing to do with the contrast.
+
+        Raises
+        ------
+        ArtifactError
+            If the table has no such column.
+        """
+        if column not in self.columns:
+            raise ArtifactError(
+                f"the table of {self.name} has no column {column!r}; it has "
+                f"{', '.join(sorted(self.columns))}: `steerrec score` adds others"
+            )
+        return self.columns[column] - NEUTRAL.get(column, 0.0)
+
+    def strongest(self, n: int, by: str | None = None) -> Tensor:
+        """The n neurons that are farthest from neutral in a column, strongest first, [n].
+
+        Parameters
+        ----------
+        n
+            How many.
+        by
+            A column; by default `ranking`.
+        """
+        order = self.signed(by or self.ranking).abs().sort(descending=True, stable=True).indices
         return order[:n]
 
 
@@ -76,7 +121,8 @@ def score_neurons(
     """Cohen's d of every neuron between synthetic users of the two groups of a contrast.
 
     ``d_j = (mean_A - mean_B) / sqrt((s_A^2 + s_B^2) / 2)`` on pre-activations at the user
-    position, ddof 0 (arXiv 2508.17297). Streaming: memory is one batch.
+    position, ddof 0 (arXiv 2508.17297); and how well each separates the two groups otherwise, see
+    `steerrec.separation`. Memory is one batch, and the vectors of `RANKED_USERS` of each group.
 
     Parameters
     ----------
@@ -137,28 +183,29 @@ def score_groups(
     provenance
         Where the users come from, JSON-able.
     """
-    moments, rates = [], []
+    moments, rates, ranked = [], [], []
     labels = (contrast["group_a"]["label"], contrast["group_b"]["label"])
     for label, people in zip(labels, (group_a, group_b), strict=True):
-        running, fired = RunningMoments(sae.d_sae), torch.zeros(sae.d_sae, dtype=torch.int64)
+        running, fired = NeuronMoments(sae), FiringCounts(sae)
+        kept = _sample(len(people))
+        some: list[Tensor] = []
         batches = length_batches(people.lengths, batch_size)
         for rows in track(batches, f"{label} users", unit="batch"):
             vectors = user_vectors(rec, people.select(rows), site)
-            pre_acts = sae.pre_acts(vectors.to(sae.W_enc))
-            latents = sae.activate(pre_acts)
-            running.update(pre_acts)
-            active = latents.indices[latents.values > 0].cpu()
-            fired += torch.bincount(active, minlength=sae.d_sae)
+            some.append(vectors[torch.from_numpy(kept[rows]).to(vectors.device)].float().cpu())
+            vectors = vectors.to(sae.W_enc)
+            running.update(vectors)
+            fired.update(vectors)
         moments.append(running)
-        rates.append(fired / running.n)
+        rates.append(fired.counts / running.n)
+        ranked.append(torch.cat(some))
     a, b = moments
-    pooled = ((a.variance + b.variance) / 2).sqrt()
-    # a constant column keeps a few ulps of spread from rounding; that is no variance
-    zero = pooled <= 1e-6 * torch.maximum(a.mean.abs(), b.mean.abs())
-    d = torch.where(zero, 0.0, (a.mean - b.mean) / torch.where(zero, 1.0, pooled))
+    d, error, zero = cohens_d(a, b)
+    r, low, high = point_biserial(a.mean, b.mean, a.variance, b.variance, a.n, b.n)
+    area, area_error = aurocs(sae, *ranked)
     columns = {
         "cohens_d": d,
-        "cohens_d_se": _standard_error(d, a.n, b.n),
+        "cohens_d_se": error,
         "mean_a": a.mean,
         "mean_b": b.mean,
         "std_a": a.variance.sqrt(),
@@ -166,6 +213,11 @@ def score_groups(
         "firing_rate_a": rates[0],
         "firing_rate_b": rates[1],
         "zero_variance": zero,
+        "point_biserial": torch.where(zero, 0.0, r),
+        "point_biserial_low": low,
+        "point_biserial_high": high,
+        "auroc": torch.where(zero, 0.5, area),
+        "auroc_se": torch.where(zero, 0.0, area_error),
     }
     return AttributionTable(
         columns={name: values.float() for name, values in columns.items()},
@@ -179,6 +231,25 @@ def score_groups(
     )
 
 
-def _standard_error(d: Tensor, n_a: int, n_b: int) -> Tensor:
-    """Large-sample standard error of Cohen's d (Hedges & Olkin 1985)."""
-    return ((n_a + n_b) / (n_a * n_b) + d.square() / (2 * (n_a + n_b))).sqrt()
+def cohens_d(
+    a: RunningMoments | NeuronMoments, b: RunningMoments | NeuronMoments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cohen's d of every column between two groups, its standard error, and where nothing varies.
+
+    The standard error is that of large samples (Hedges & Olkin 1985); d is 0 without variance.
+    """
+    pooled = ((a.variance + b.variance) / 2).sqrt()
+    # a constant column keeps a few ulps of spread from rounding; that is no variance
+    zero = pooled <= 1e-6 * torch.maximum(a.mean.abs(), b.mean.abs())
+    d = torch.where(zero, 0.0, (a.mean - b.mean) / torch.where(zero, 1.0, pooled))
+    error = ((a.n + b.n) / (a.n * b.n) + d.square() / (2 * (a.n + b.n))).sqrt()
+    return d, error, zero
+
+
+def _sample(users: int) -> NDArray[np.bool_]:
+    """Which users are held for ranks: `RANKED_USERS` at most, drawn at random."""
+    kept = np.ones(users, dtype=bool)
+    if users > RANKED_USERS:
+        kept[:] = False
+        kept[np.random.default_rng(0).choice(users, RANKED_USERS, replace=False)] = True
+    return kept

@@ -36,8 +36,8 @@ NEURONS = "neurons-"
 """How the results are called in which the strongest neurons of a contrast are described."""
 
 _MEANING = (
-    "LTC: share of the long tail that is recommended to anybody; Gini: inequality of exposure, 0 if "
-    "all items are recommended equally often; coverage: share of the catalogue that is recommended."
+    "LTC: share of the long tail that is recommended to anybody; Gini: inequality of exposure, 0 "
+    "if all items are recommended equally often; coverage: share of the catalogue recommended."
 )
 _MARK = re.compile(r"\n<!-- made by steerrec, sha256 ([0-9a-f]{64}) -->\n?\Z")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|~$!])")

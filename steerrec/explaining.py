@@ -16,7 +16,15 @@ from steerrec.evaluation import CapturedUsers, measure
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import ItemHead, Recommender
 
-_SHOWN = ("cohens_d", "firing_rate_a", "firing_rate_b")
+_SHOWN = (
+    "cohens_d",
+    "auroc",
+    "logit_attribution",
+    "grad_attribution",
+    "causal_effect",
+    "firing_rate_a",
+    "firing_rate_b",
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,7 @@ def table_in_words(
     *,
     neurons: int = 10,
     items: int = 5,
+    by: str | None = None,
 ) -> dict[str, Any]:
     """The strongest neurons of a contrast with the titles of the items that each moves, JSON-able.
 
@@ -179,8 +188,11 @@ def table_in_words(
         Its recommender.
     neurons, items
         How many neurons, and how many items of each, at most.
+    by
+        The column that says which are the strongest; by default `AttributionTable.ranking`.
     """
-    order = table.strongest(neurons)
+    by = by or table.ranking
+    order = table.strongest(neurons, by=by)
     raised, lowered = moved_items(sae.W_dec[order.to(sae.W_dec.device)], rec.item_head, items)
     titles = rec.catalogue.titles
 
@@ -189,6 +201,7 @@ def table_in_words(
 
     return {
         "contrast": table.contrast,
+        "by": by,
         "neurons": [
             {
                 "neuron": neuron,

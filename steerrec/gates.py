@@ -19,9 +19,9 @@ from steerrec.activations import collect_user_vectors
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ArtifactError, DataError
-from steerrec.operations import refuse_reconstruction
-from steerrec.recipes import Recipe, Step, Strength, own
+from steerrec.recipes import Encoding, Recipe, Step, Strength, own
 from steerrec.recommender import Recommender
+from steerrec.sums import refuse_reconstruction
 
 
 class Gate(ABC):
@@ -38,8 +38,8 @@ class GateStep(torch.nn.Module, ABC):
     """What a gate computes."""
 
     @abstractmethod
-    def forward(self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor) -> Tensor:
-        """Factors [B, 1] of user vectors [B, H] with pre-activations [B, d_sae]."""
+    def forward(self, here: Encoding) -> Tensor:
+        """Factors of a batch of user vectors, [B, 1]."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class _NeuronStep(GateStep):
         super().__init__()
         self.gate = gate
 
-    def forward(self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor) -> Tensor:
-        values, indices = sae.activate(pre_acts)
-        here = (indices == self.gate.neuron) & (values > self.gate.threshold)
-        fired = here.any(dim=1, keepdim=True)
-        return (fired if self.gate.fires else ~fired).to(x)
+    def forward(self, here: Encoding) -> Tensor:
+        values, indices = here.latents
+        active = (indices == self.gate.neuron) & (values > self.gate.threshold)
+        fired = active.any(dim=1, keepdim=True)
+        return (fired if self.gate.fires else ~fired).to(here.x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +133,9 @@ class _TasteStep(GateStep):
         own(self, "weights", gate.weights, sae.W_dec)
         own(self, "numbers", torch.tensor([gate.bias, gate.low, gate.high]), sae.W_dec)
 
-    def forward(self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor) -> Tensor:
+    def forward(self, here: Encoding) -> Tensor:
         bias, low, high = self.numbers
-        return torch.clamp((x @ self.weights + bias).unsqueeze(1), min=low, max=high)
+        return torch.clamp((here.x @ self.weights + bias).unsqueeze(1), min=low, max=high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +192,10 @@ class GatedStep(Step):
         if isinstance(steering.gate, TasteGate):
             self.kind = f"{self.inner.kind}, gated by taste"
 
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
+    def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, [B, H]."""
-        factor = self.gate(sae, x, pre_acts) * self.strength
-        found: Tensor = self.inner(sae, x, pre_acts, strength * factor)
+        factor = self.gate(here) * self.strength
+        found: Tensor = self.inner(here, strength * factor)
         return found
 
 
@@ -250,7 +248,8 @@ def fit_taste(
     centre = x.mean(dim=0)
     centred = x - centre
     gram = centred.T @ centred
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    size = gram.diagonal().mean().clamp_min(1e-12)  # 0 where all users are alike
+    penalty = ridge * size * torch.eye(len(gram), dtype=gram.dtype)
     found = torch.linalg.solve(gram + penalty, centred.T @ taste)
     bias = 1.0 - slope * float(centre @ found)
     return TasteGate((slope * found).float(), bias, low, high)

@@ -229,21 +229,86 @@ def steered(
     return True
 
 
-@_compiled("boolean(float32[:, ::1], float32[:, ::1], int64, float32[:, ::1])")
-def decoded(pre_acts: Floats, vectors: Floats, k: int, out: Floats) -> bool:
-    """The sum of `vectors` [d_sae, H] by the k largest of `pre_acts` [B, d_sae], where positive.
+@_compiled(
+    "boolean(float32[:, ::1], float32[::1], float32[::1], float32[:, ::1], int64, "
+    "float32[:, ::1], int64[:, ::1], float32[:, ::1])"
+)
+def moved(
+    pre_acts: Floats,
+    shift: Floats,
+    strength: Floats,
+    decoder: Floats,
+    k: int,
+    values: Floats,
+    indices: Indices,
+    out: Floats,
+) -> bool:
+    """`steered` with `delta`, where the active latents of `pre_acts` are known already.
 
-    False, with nothing of use in `out` [B, H], if a pre-activation is not finite.
+    `values` and `indices` [B, k] are in the order in which `largest` finds them, so that an empty
+    edit comes to nothing exactly.
     """
     width = pre_acts.shape[1]
     maxima = np.empty(_width_of_maxima(width, k), np.float32)
-    entries, indices = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
+    entries, found = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
+    row, before = np.empty(width, np.float32), np.empty(out.shape[1], np.float32)
     for r in range(len(pre_acts)):
-        if not _is_finite(pre_acts[r]):
+        alpha = strength[r if len(strength) > 1 else 0]
+        for j in range(width):
+            row[j] = pre_acts[r, j] + alpha * shift[j]
+        if not _is_finite(row):
             return False
-        _select(pre_acts[r], maxima, k, entries, indices)
-        _decode(out[r], vectors, entries, indices, k)
+        _select(row, maxima, k, entries, found)
+        _decode(out[r], decoder, entries, found, k)
+        _decode(before, decoder, values[r], indices[r], k)
+        for t in range(len(before)):
+            out[r, t] -= before[t]
     return True
+
+
+@_compiled("void(float32[:, ::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])")
+def summed(values: Floats, indices: Indices, vectors: Floats, out: Floats) -> None:
+    """The sum of `vectors` [V, H] by the active latents, `values` and `indices` [B, k]: [B, H]."""
+    for r in range(len(values)):
+        _decode(out[r], vectors, values[r], indices[r], values.shape[1])
+
+
+@_compiled(
+    "void(float32[:, ::1], int64[:, ::1], float32[::1], float32[::1], float32[::1], "
+    "float32[:, ::1], float32[:, ::1])"
+)
+def bounded(
+    values: Floats,
+    indices: Indices,
+    gain: Floats,
+    low: Floats,
+    high: Floats,
+    decoder: Floats,
+    out: Floats,
+) -> None:
+    """What scaling and bounding the active latents changes, beside what `low` gives to everyone.
+
+    Parameters
+    ----------
+    values, indices
+        The active latents, [B, k] each.
+    gain, low, high
+        Factor and bounds of every latent, [d_sae].
+    decoder
+        [d_sae, H].
+    out
+        Where it goes, [B, H].
+    """
+    for r in range(len(values)):
+        for t in range(out.shape[1]):
+            out[r, t] = 0
+        for i in range(values.shape[1]):
+            j, value = indices[r, i], values[r, i]
+            change = min(max(gain[j] * value, low[j]), high[j]) - value - low[j]
+            if change != 0:
+                direction = decoder[j]
+                for t in range(out.shape[1]):
+                    out[r, t] += change * direction[t]
 
 
 _BLOCK = 64  # scores whose largest is looked at before any of them is

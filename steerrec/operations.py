@@ -1,26 +1,27 @@
-"""Operations on latents after selection: responses, scale, clamp, ablate, set; and sums of recipes.
+"""Operations on latents after selection: responses, scale, clamp, ablate, set.
 
 Each is one encoding and one sum over the active latents of a row, whose decoder rows or responses
 are added to the user vector; at strength 0 nothing changes, at strength 1 the operation is done.
-Not here: shifts of pre-activations (`steering`), how responses are learned (`learning`).
+Not here: shifts of pre-activations (`steering`), how responses are learned (`learning`), sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerrec.autoencoder import Latents, SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError
-from steerrec.recipes import Recipe, Step, Strength, own
-from steerrec.steering import Steering
+from steerrec.recipes import Encoding, Recipe, Step, Strength, own
+
+if TYPE_CHECKING:
+    from steerrec.attribution import AttributionTable
 
 UNLIMITED = float(torch.finfo(torch.float32).max)
 """Upper bound of a latent that has none."""
@@ -100,30 +101,31 @@ class ResponseStep(Step):
         own(self, "vectors", steering.vectors, sae.W_dec)
         own(self, "constant", steering.constant, sae.W_dec)
 
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
+    def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, [B, H]."""
-        fixed = None if sae.threshold is not None else sae.k
-        found = None if fixed is None else _decoded(pre_acts, self.vectors, fixed)
-        if found is None:
-            found = respond(sae.activate(pre_acts), self.vectors)
-        return strength * (found + self.constant)
+        return strength * (respond(here.latents, self.vectors) + self.constant)
 
 
 def respond(latents: Latents, vectors: Tensor) -> Tensor:
     """What the active latents add, ``sum_j f_j * vectors[j]``: [B, H]."""
+    found = _looped("summed", latents, vectors)
+    if found is not None:
+        return found
     return F.embedding_bag(latents.indices, vectors, per_sample_weights=latents.values, mode="sum")
 
 
-def _decoded(pre_acts: Tensor, vectors: Tensor, k: int) -> Tensor | None:
-    """`respond` of the k largest of pre-activations [B, d_sae]; None where torch computes it."""
-    arrays = as_arrays(pre_acts, vectors)
-    loops = None if arrays is None else kernels()
+def _looped(loop: str, latents: Latents, *operands: Tensor) -> Tensor | None:
+    """A loop of `kernels` over active latents, [B, H]; None where torch has to compute it.
+
+    The last operand is [d_sae, H].
+    """
+    arrays = as_arrays(latents.values, *operands)
+    loops = None if arrays is None or not latents.indices.is_contiguous() else kernels()
     if arrays is None or loops is None:
         return None
-    out = pre_acts.new_empty(len(pre_acts), vectors.shape[1])
-    return out if loops.decoded(*arrays, k, out.numpy()) else None
+    out = latents.values.new_empty(len(latents.values), operands[-1].shape[1])
+    getattr(loops, loop)(arrays[0], latents.indices.numpy(), *arrays[1:], out.numpy())
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +197,44 @@ class LatentSteering(Recipe):
     def set_to(
         cls, sae: SparseAutoencoder, neurons: Neurons, values: float | Tensor
     ) -> LatentSteering:
-        """Latents set to values, in every user; see `quantiles` for what is usual."""
+        """Latents set to values, numbers or [n] of them, in every user.
+
+        `steerrec.latent_quantiles` says what values are usual in real users.
+        """
         return cls._of(sae, neurons, "set", {}, low=values, high=values)
+
+    @classmethod
+    def from_column(
+        cls, table: AttributionTable, *, by: str = "logit_attribution", strength: float = 1.0
+    ) -> LatentSteering:
+        """Active latents scaled down the more they carry A: ``gain_j = exp(-strength * v_j)``.
+
+        Those that carry B are scaled up, and latents that are not active stay so. Not linear in
+        strength: make a recipe for each.
+
+        Parameters
+        ----------
+        table
+            Attribution table of the contrast.
+        by
+            The column v, its neutral value taken off. One of correlations means the same in any
+            SAE; Cohen's d and effects do not.
+        strength
+            How much; negative for more of group A.
+        """
+        gain = (-strength * table.signed(by).double()).exp().float()
+        return cls(
+            gain,
+            torch.zeros_like(gain),
+            torch.full_like(gain, UNLIMITED),
+            name="column",
+            provenance={
+                "rule": "column",
+                "by": by,
+                "strength": strength,
+                "contrast": table.contrast,
+            },
+        )
 
     @classmethod
     def _of(
@@ -207,12 +245,7 @@ class LatentSteering(Recipe):
         settings: dict[str, Any],
         **parts: float | Tensor,
     ) -> LatentSteering:
-        chosen = torch.as_tensor(neurons, dtype=torch.int64).reshape(-1)
-        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < sae.d_sae:
-            raise ArtifactError(
-                f"neurons {int(chosen.min())} to {int(chosen.max())} asked for; this SAE has 0 to "
-                f"{sae.d_sae - 1}"
-            )
+        chosen = chosen_neurons(sae, neurons)
         made = {"gain": 1.0, "low": 0.0, "high": UNLIMITED}
         tensors = {name: torch.full((sae.d_sae,), value) for name, value in made.items()}
         for name, value in parts.items():
@@ -225,6 +258,17 @@ class LatentSteering(Recipe):
             name=rule,
             provenance=provenance,
         )
+
+
+def chosen_neurons(sae: SparseAutoencoder, neurons: Neurons) -> Tensor:
+    """Numbers of neurons [n], all of which the SAE has."""
+    chosen = torch.as_tensor(neurons, dtype=torch.int64).reshape(-1).cpu()
+    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < sae.d_sae:
+        raise ArtifactError(
+            f"neurons {int(chosen.min())} to {int(chosen.max())} asked for; this SAE has 0 to "
+            f"{sae.d_sae - 1}"
+        )
+    return chosen
 
 
 class LatentStep(Step):
@@ -243,128 +287,13 @@ class LatentStep(Step):
         raised = steering.low.to(sae.W_dec)
         own(self, "constant", (raised @ sae.W_dec).detach(), sae.W_dec)
 
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
+    def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, [B, H]."""
-        values, indices = sae.activate(pre_acts)
-        low = self.low[indices]
-        bounded = (self.gain[indices] * values).clamp(min=low, max=self.high[indices])
-        change = sae.directions(Latents(bounded - values - low, indices))
+        latents, decoder = here.latents, here.sae.W_dec
+        change = _looped("bounded", latents, self.gain, self.low, self.high, decoder)
+        if change is None:
+            values, indices = latents
+            low = self.low[indices]
+            found = (self.gain[indices] * values).clamp(min=low, max=self.high[indices])
+            change = here.sae.directions(Latents(found - values - low, indices))
         return strength * (change + self.constant)
-
-
-# --- sums
-
-
-@dataclass(frozen=True, eq=False)
-class SteeringSum(Recipe):
-    """Several recipes at once: what each adds to the user vector is added up.
-
-    Made by ``one + other`` where the two are not of one kind. All see the unsteered user vector,
-    and share one encoding; the strength of each is its own times that of the sum.
-
-    Attributes
-    ----------
-    terms
-        Recipes, none of them spliced by `reconstruct`.
-    alpha, name, provenance, unknown
-        See `Recipe`.
-    """
-
-    terms: tuple[Recipe, ...]
-    alpha: float = 1.0
-    name: str = "sum"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    unknown: Mapping[str, Any] = field(default_factory=dict)
-
-    operation = "sum"
-
-    def __post_init__(self) -> None:
-        if len({term.latents for term in self.terms}) != 1:
-            raise ArtifactError("a sum is of recipes for one SAE, of equal numbers of latents")
-        for term in self.terms:
-            refuse_reconstruction(term)
-
-    @property
-    def latents(self) -> int:
-        """How many latents the SAE has that it is for."""
-        return self.terms[0].latents
-
-    def step(self, sae: SparseAutoencoder) -> Step:
-        """The step on this SAE."""
-        return SumStep(self, sae)
-
-
-class SumStep(Step):
-    """Adds what all terms add."""
-
-    def __init__(self, steering: SteeringSum, sae: SparseAutoencoder) -> None:
-        super().__init__()
-        self.steps = nn.ModuleList([term.step(sae) for term in steering.terms])
-        strengths = torch.tensor([term.alpha for term in steering.terms], dtype=torch.float64)
-        own(self, "strengths", strengths, sae.W_dec)
-        self.kind = " + ".join(cast(Step, step).kind for step in self.steps)
-
-    strengths: Tensor  # [terms]
-
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
-        """What is added, [B, H]."""
-        total = torch.zeros_like(x)
-        for step, own_strength in zip(self.steps, self.strengths, strict=True):
-            total = total + step(sae, x, pre_acts, strength * own_strength.reshape(1, 1))
-        return total
-
-
-def refuse_reconstruction(recipe: Recipe) -> None:
-    """Raise ArtifactError for a recipe whose result cannot be added to another's."""
-    if isinstance(recipe, Steering) and recipe.splice != "delta":
-        raise ArtifactError(
-            f"steering {recipe.name!r} puts the reconstruction in place of the vector, to which "
-            "nothing can be added; expected splice 'delta'"
-        )
-
-
-def added(one: Recipe, other: Recipe) -> Recipe:
-    """The sum of two recipes: one of the same kind where that gives exactly the same."""
-    for recipe in (one, other):
-        refuse_reconstruction(recipe)
-    if one.latents != other.latents:
-        raise ArtifactError(
-            f"steering {one.name!r} is for {one.latents} latents, {other.name!r} for "
-            f"{other.latents}; a sum is of recipes for one SAE"
-        )
-    name, provenance = f"{one.name}-and-{other.name}"[:100], _sources(one, other)
-    if isinstance(one, Steering) and isinstance(other, Steering):
-        shift = one.alpha * one.shift + other.alpha * other.shift
-        return Steering(shift, name=name, provenance=provenance)
-    if isinstance(one, ResponseSteering) and isinstance(other, ResponseSteering):
-        vectors, constant = (
-            one.alpha * getattr(one, part) + other.alpha * getattr(other, part)
-            for part in ("vectors", "constant")
-        )
-        return ResponseSteering(vectors, constant, name=name, provenance=provenance)
-    terms = tuple(chain.from_iterable(_terms(recipe) for recipe in (one, other)))
-    return SteeringSum(terms, name=name, provenance=provenance)
-
-
-def _terms(recipe: Recipe) -> tuple[Recipe, ...]:
-    if isinstance(recipe, SteeringSum):
-        return tuple(term * recipe.alpha for term in recipe.terms)
-    return (recipe,)
-
-
-def _sources(*recipes: Recipe) -> dict[str, Any]:
-    """Provenance of a sum: that of each term, with its strength."""
-    found = []
-    for recipe in recipes:
-        if recipe.provenance.get("rule") == "sum":
-            found += [
-                {**term, "alpha": term["alpha"] * recipe.alpha}
-                for term in recipe.provenance["terms"]
-            ]
-        else:
-            found.append({"name": recipe.name, "alpha": recipe.alpha, **recipe.provenance})
-    return {"rule": "sum", "terms": found}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from steerrec.activations import sample_prefixes
 from steerrec.data import HEAD, TAIL, Catalogue, Histories
 from steerrec.errors import DataError
+from steerrec.item_properties import item_values, taste
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +108,18 @@ def synthetic_users(
 
 
 def users_by_taste(
-    train: Histories, catalogue: Catalogue, *, max_length: int, share: float = 0.2
+    train: Histories,
+    catalogue: Catalogue,
+    *,
+    max_length: int,
+    share: float = 0.2,
+    contrast: Contrast | None = None,
 ) -> tuple[Histories, Histories]:
-    """Real users with the most and with the least popular taste: two groups of histories.
+    """Real users with the most and with the least of a contrast in their history: two groups.
 
-    Taste is the mean of log(1 + training interactions) over the items of a history; users of equal
-    taste are in the order of their rows.
+    For popularity, taste is the mean of log(1 + training interactions) over the items of a history;
+    for any other contrast the share of items of group A less that of group B. Users of equal taste
+    are in the order of their rows.
 
     Parameters
     ----------
@@ -124,12 +131,12 @@ def users_by_taste(
         The model's window.
     share
         How many of the users are in each group.
+    contrast
+        Popularity by default.
     """
     some = np.flatnonzero(train.lengths > 0)
-    owner = np.repeat(np.arange(len(train)), train.lengths)
-    weights = np.log1p(catalogue.counts.astype(np.float64))[train.items]
-    total = np.bincount(owner, weights, minlength=len(train))
-    order = some[np.argsort(total[some] / train.lengths[some], kind="stable")]
+    values = item_values(contrast or popularity_contrast(catalogue), catalogue).values
+    order = some[np.argsort(taste(train, values)[some], kind="stable")]
     n = max(1, int(share * len(order)))
-    rare, popular = (train.select(np.sort(part)) for part in (order[:n], order[-n:]))
-    return popular.truncate(max_length), rare.truncate(max_length)
+    least, most = (train.select(np.sort(part)) for part in (order[:n], order[-n:]))
+    return most.truncate(max_length), least.truncate(max_length)

@@ -2,7 +2,7 @@
 
 A recipe says what to do; its step does it to the pre-activations of one SAE, inside the pure
 module `SteerTransform`. Kinds: `Steering` (pre-activations are shifted), those of `operations`
-(latents are changed after selection; sums of recipes) and of `gates` (a strength for each user).
+(latents are changed after selection), `sums`, and `gates` (a strength for each user).
 """
 
 from __future__ import annotations
@@ -18,11 +18,38 @@ from torch import Tensor, nn
 from steerrec.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from steerrec.autoencoder import SparseAutoencoder
+    from steerrec.autoencoder import Latents, SparseAutoencoder
     from steerrec.steering import SteerTransform
 
 Strength = float | Tensor
 """One number, or one per row [B, 1]."""
+
+
+class Encoding:
+    """A batch of user vectors and what the SAE makes of them.
+
+    The active latents are selected when a step first asks for them, and once for all steps.
+
+    Parameters
+    ----------
+    sae
+        The SAE.
+    x
+        User vectors, [B, H].
+    pre_acts
+        Their pre-activations, [B, d_sae].
+    """
+
+    def __init__(self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor) -> None:
+        self.sae, self.x, self.pre_acts = sae, x, pre_acts
+        self.selected: Latents | None = None
+
+    @property
+    def latents(self) -> Latents:
+        """The active latents."""
+        if self.selected is None:
+            self.selected = self.sae.activate(self.pre_acts)
+        return self.selected
 
 
 class Step(nn.Module, ABC):
@@ -32,10 +59,8 @@ class Step(nn.Module, ABC):
     """Whether the result stands in place of the vector (less the decoder bias), or is added."""
 
     @abstractmethod
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
-        """What comes of user vectors [B, H] with these pre-activations [B, d_sae]: [B, H]."""
+    def forward(self, here: Encoding, strength: Strength) -> Tensor:
+        """What comes of a batch of user vectors, [B, H]."""
 
     kind: str
     """Of which kind it is, in words: steps of one kind can take over each other's tensors."""
@@ -104,7 +129,7 @@ class Recipe(ABC):
         return self * -1.0
 
     def __add__(self, other: object) -> Recipe:
-        from steerrec.operations import added
+        from steerrec.sums import added
 
         return added(self, other) if isinstance(other, Recipe) else NotImplemented
 

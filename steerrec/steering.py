@@ -16,7 +16,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.graphs import is_graphed
-from steerrec.recipes import Recipe, Step, Strength, own
+from steerrec.recipes import Encoding, Recipe, Step, Strength, own
 from steerrec.thresholds import shifted_above
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Steering(Recipe):
         neurons: int | None = None,
         splice: Splice | None = None,
         popsteer_compat: bool = False,
+        by: str = "cohens_d",
     ) -> Steering:
         """The PopSteer rule (Ahmadov & Mansoury, arXiv 2508.17297).
 
@@ -121,6 +122,9 @@ class Steering(Recipe):
         popsteer_compat
             Do what the authors' published code does: the standard deviations of the two groups
             crossed, and the reconstruction in place of the vector.
+        by
+            Another column of the table in the place of d, `logit_attribution` say; the paper's rule
+            is by Cohen's d.
         """
         if popsteer_compat and splice == "delta":
             raise ValueError("popsteer_compat implies splice='reconstruct'; got 'delta'")
@@ -128,7 +132,7 @@ class Steering(Recipe):
             raise ArtifactError(
                 f"{neurons} neurons asked for; this SAE has {len(table)}, and at least 1 is needed"
             )
-        d = table["cohens_d"].double()
+        d = table.signed(by).double()
         size = d.abs()
         spread = (size.max() - size.min()).clamp_min(torch.finfo(torch.float64).tiny)
         weight = (size - size.min()) / spread
@@ -138,7 +142,7 @@ class Steering(Recipe):
         shift = torch.where(d > 0, -weight * std_a, weight * std_b) * (d != 0)
         if neurons is not None:
             chosen = torch.zeros(len(table), dtype=torch.bool)
-            chosen[table.strongest(neurons)] = True
+            chosen[table.strongest(neurons, by=by)] = True
             shift = shift * chosen
         return cls(
             shift=shift.float(),
@@ -150,6 +154,7 @@ class Steering(Recipe):
                 "contrast": table.contrast,
                 "neurons": len(table) if neurons is None else neurons,
                 "popsteer_compat": popsteer_compat,
+                **({} if by == "cohens_d" else {"by": by}),
             },
         )
 
@@ -172,17 +177,13 @@ class ShiftStep(Step):
         super().__init__()
         own(self, "shift", steering.shift, sae.W_enc)
 
-    def forward(
-        self, sae: SparseAutoencoder, x: Tensor, pre_acts: Tensor, strength: Strength
-    ) -> Tensor:
+    def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, or with `ReconstructStep` stands in place: [B, H]."""
-        delta = not self.replaces
-        change = _compiled(pre_acts, self.shift, strength, sae, delta)
+        change = _compiled(here, self.shift, strength, delta=not self.replaces)
         if change is None:
-            before = sae.directions(sae.activate(pre_acts)) if delta else None
-            moved = pre_acts + strength * self.shift
-            change = sae.directions(sae.activate(moved))
-            change = change if before is None else change - before
+            moved = here.pre_acts + strength * self.shift
+            change = here.sae.directions(here.sae.activate(moved))
+            change = change if self.replaces else change - here.sae.directions(here.latents)
         return change
 
 
@@ -284,31 +285,31 @@ class SteerTransform(nn.Module):
             return torch.cat([self._steered(*part) for part in zip(parts, strengths, strict=False)])
         vectors = x.to(self.bias)
         pre_acts = self.sae.pre_acts(vectors, self.bias)  # [B, d_sae]
-        out: Tensor = self.step(self.sae, vectors, pre_acts, strength)
+        out: Tensor = self.step(Encoding(self.sae, vectors, pre_acts), strength)
         return (out + self.sae.b_dec).to(x) if self.step.replaces else x + out.to(x)
 
 
-def _compiled(
-    pre_acts: Tensor,
-    shift: Tensor,
-    strength: Strength,
-    sae: SparseAutoencoder,
-    delta: bool,
-) -> Tensor | None:
+def _compiled(here: Encoding, shift: Tensor, strength: Strength, *, delta: bool) -> Tensor | None:
     """What shifted pre-activations decode to, less what they do themselves if `delta`: [B, H].
 
     None where torch has to compute it.
     """
+    sae, pre_acts = here.sae, here.pre_acts
     if sae.threshold is not None:
         return shifted_above(pre_acts, shift, strength, sae.threshold, sae.W_dec, delta=delta)
     given = (strength,) if isinstance(strength, Tensor) else ()
-    arrays = as_arrays(pre_acts, shift, sae.W_dec, *given)
+    known = here.selected if delta and here.selected is not None else ()
+    arrays = as_arrays(pre_acts, shift, sae.W_dec, *known[:1], *given)
     loops = None if arrays is None else kernels()
     if arrays is None or loops is None:
         return None
     acts, step, decoder = arrays[:3]
     with np.errstate(over="ignore"):  # torch says what comes of it
-        alpha = arrays[3].ravel() if given else np.array([strength], np.float32)
+        alpha = arrays[-1].ravel() if given else np.array([strength], np.float32)
     change = pre_acts.new_empty(len(pre_acts), sae.d_in)
-    done = loops.steered(acts, step, alpha, decoder, sae.k, delta, change.numpy())
+    out = change.numpy()
+    if known:
+        done = loops.moved(acts, step, alpha, decoder, sae.k, arrays[3], known[1].numpy(), out)
+    else:
+        done = loops.steered(acts, step, alpha, decoder, sae.k, delta, out)
     return change if done else None

@@ -62,13 +62,12 @@ class IPR(Reranker):
 
         def rescore(scores: Tensor, users: slice, items: slice) -> Tensor:
             by = divisor[items].to(scores.device)
-            scores = scores.double()
             if self.transform == "softmax":  # in logarithms, as the next: the order is the same
-                return scores - by.log()
-            if self.transform == "sigmoid":
-                return F.logsigmoid(scores) - by.log()
+                return scores.sub_(by.log().to(scores))
+            if self.transform == "sigmoid":  # large logits are told apart by their last bits
+                return F.logsigmoid(scores.double()) - by.log()
             if self.transform == "minmax":
-                scores = scores - candidates.lowest[users, None].to(scores)
-            return scores / by
+                scores.sub_(candidates.lowest[users, None].to(scores))
+            return scores.div_(by.to(scores))
 
         return candidates.rank(rescore=rescore)

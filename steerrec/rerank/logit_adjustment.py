@@ -47,6 +47,6 @@ class LogitAdjustment(Reranker):
         discount = self.lam * candidates.counts.double().log1p()  # [N]
 
         def rescore(scores: Tensor, users: slice, items: slice) -> Tensor:
-            return scores.double() - discount[items].to(scores.device)
+            return scores.sub_(discount[items].to(scores))
 
         return candidates.rank(rescore=rescore)

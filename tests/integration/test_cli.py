@@ -177,11 +177,11 @@ def test_score_names_the_strongest_neurons(world, recommender):
     found = world.scored.json
     table = steerrec.load_artifact(world.artifact).at().table("popularity")
     assert found["contrast"] == table.contrast
+    assert found["by"] == table.ranking == "grad_attribution"
     assert [row["neuron"] for row in found["top"]] == table.strongest(10).tolist()
-    assert (
-        found["top"][0]["cohens_d"]
-        == table["cohens_d"].abs().max() * table["cohens_d"].sign()[found["top"][0]["neuron"]]
-    )
+    first = found["top"][0]["neuron"]
+    assert abs(found["top"][0]["grad_attribution"]) == table["grad_attribution"].abs().max()
+    assert found["top"][0]["cohens_d"] == table["cohens_d"][first]
     head, _, tail = recommender.catalogue.groups.sizes
     groups = [found["contrast"][group] for group in ("group_a", "group_b")]
     assert groups == [{"label": "popular", "items": head}, {"label": "unpopular", "items": tail}]
@@ -194,10 +194,65 @@ def test_one_seed_gives_one_table(cli, world, tmp_path):
         options = ("--model", world.model, "--data", world.data, "--users", "512", "--seed", seed)
         result = cli("score", copy, *options)
         assert result.code == 0
-        assert "strongest of 64 neurons, 512 synthetic users a group" in result.out
+        assert "strongest of 64 neurons by grad_attribution, 512 synthetic users a " in result.out
         found[name] = tables(copy)
     assert found["again"] == tables(world.artifact)
     assert found["other"] != tables(world.artifact)
+
+
+def test_score_adds_the_columns_that_are_asked_for(cli, world, tmp_path):
+    copy = shutil.copytree(world.artifact, tmp_path / "copy")
+    score = ("score", copy, "--model", world.model, "--data", world.data, "--users", "64")
+
+    def columns(*options):
+        assert cli(*score, *options).code == 0
+        return set(steerrec.load_artifact(copy).at().table("popularity").columns)
+
+    plain = columns("--columns", "none")
+    assert "auroc" in plain
+    assert "logit_attribution" not in plain
+    assert columns("--columns", "logit_attribution") == plain | {"logit_attribution"}
+    every = columns("--causal", "5", "-k", "3")
+    assert every >= {"grad_attribution", "direct_effect", "cohens_d_users", "causal_gini"}
+    table = steerrec.load_artifact(copy).at().table("popularity")
+    assert table["causal_measured"].sum() == 5
+    assert table.provenance["lists"] == {"k": 3, "mask_seen": False}
+    found = cli(*score, "--by", "cohens_d", "--top", "2", "--json").json
+    ranked = steerrec.load_artifact(copy).at().table("popularity").strongest(2, by="cohens_d")
+    assert [row["neuron"] for row in found["top"]] == ranked.tolist()
+
+
+def test_the_attribution_study(cli, world, tmp_path):
+    copy, folder = shutil.copytree(world.artifact, tmp_path / "copy"), tmp_path / "study"
+    score = ("score", copy, "--model", world.model, "--data", world.data, "--users", "256")
+    shown = cli(*score, "--study", folder)
+    assert shown.code == 0
+    assert "rank correlation with causal_effect over" in shown.out
+    assert shown.err == f"{folder}/study.json and {folder}/study.png written\n"
+    found = json.loads((folder / "study.json").read_text())
+    best = found["rows"][0]
+    assert best["correlation"] > 0.5  # some column predicts what switching off does
+    again = cli(*score, "--study", folder)
+    assert again.code == 1
+    assert "study.json exists" in again.err
+    told = cli(*score, "--study", folder, "--force", "--json").json
+    assert told["study"] == found
+
+
+def test_wrong_options_of_score(cli, world, tmp_path):
+    copy = shutil.copytree(world.artifact, tmp_path / "copy")
+    before = tables(copy)
+    score = ("score", copy, "--model", world.model, "--data", world.data, "--users", "64")
+    for options, code, message in (
+        (("--causal", "many"), 2, "expected a number of neurons, or all"),
+        (("--columns", "taste"), 1, "no column 'taste' can be added; there are cohens_d_users"),
+        (("--by", "taste"), 1, "no column 'taste'; it has auroc"),
+        (("-k", "9999"), 1, "choose k between 1 and 80"),
+    ):
+        result = cli(*score, *options)
+        assert result.code == code
+        assert message in " ".join(result.err.replace("│", " ").split())
+        assert tables(copy) == before
 
 
 def test_an_sae_inside_the_model_is_scored_and_steers(cli, world, tmp_path):

@@ -154,6 +154,22 @@ def test_sites_are_the_blocks_of_the_model_at_one_position_or_all():
     assert len(rows(only, "site")) == 3
 
 
+def test_an_sae_that_does_not_say_how_many_are_active(rec, split):
+    """An imported jumprelu is varied with the k of the training that was asked for."""
+    generator = torch.Generator().manual_seed(1)
+    sae = SparseAutoencoder(WIDTH, LATENTS, K, architecture="jumprelu", generator=generator)
+    weights = {name: value.detach() for name, value in sae.state_dict().items()}
+    imported = SparseAutoencoder.from_weights(weights, None)
+    assert imported.k is None
+    training = SAETraining(epochs=1, batch_size=64, k=K)
+    options = {**QUICK, "training": training}
+    found = ablate(rec, split, imported, studies=("k", "controls"), **options)
+    assert f"{K}" in rows(found, "k")
+    assert found.protocol["training"]["k"] == K
+    assert found.protocol["training"]["architecture"] == "jumprelu"
+    assert "untrained SAE" in rows(found, "controls")
+
+
 def test_a_sample_of_the_users_is_the_same_for_all_variants(rec, split, sae):
     found = ablate(rec, split, sae, studies=("splice",), max_users=50, **QUICK)
     assert found.protocol["users"] == 50

@@ -18,6 +18,8 @@ from steerrec.attribution import score_neurons
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import ArtifactWarning, SteerrecError
 from steerrec.explaining import table_in_words
+from steerrec.gates import NeuronGate, TasteGate, gated
+from steerrec.operations import LatentSteering, ResponseSteering
 from steerrec.profiles import popularity_contrast
 from steerrec.sites import Site
 from steerrec.steering import Steering
@@ -30,6 +32,7 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 HOSTILE = [
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**62, 10**17, 0.5, 1e308, -0.0),
     *("", "a", "..", "../../etc/passwd", "/etc/passwd", "C:\\x", "a\x00b", "\x1b[31m", "é", "𝄞"),
+    *("sum", "gated", "latents", "response", "neuron", "taste"),
     *("topk", "jumprelu", "delta", "shift", "scale", "float32", "bfloat16", "BF16", "F64", "1.0"),
     *("mean", "item_embedding", "layers.*", "-1", "x" * 300, [], {}, [[]], [{}], {"a": {}}, [0, 8]),
     *(
@@ -58,6 +61,11 @@ def honest(rec, tmp_path_factory):
     )
     made.at().tables[table.name] = table
     made.at().steerings["popsteer"] = Steering.popsteer(table, alpha=1.5)
+    nested = Steering.popsteer(table) + LatentSteering.scale(sae, [1, 2], 0.5)
+    nested = gated(nested, TasteGate(torch.ones(4), 0.5)) + ResponseSteering(
+        torch.ones(12, 4), torch.zeros(4)
+    )
+    made.at().steerings["nested"] = gated(nested, NeuronGate(3)).named("nested")
     made.at().training.update({"reconstruction": {"fvu": 0.1, "l0": 2.0}, "log": [{"epoch": 1}]})
     jumps = SparseAutoencoder(4, 8, 2, architecture="jumprelu")
     made.add(rec, jumps, site=Site("item_embedding", positions_from="last"))

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from steerrec import artifact_site
+from steerrec import artifact_recipes, artifact_site
 from steerrec.activations import collect_user_vectors, sample_prefixes
 from steerrec.artifacts import (
     Artifact,
@@ -795,7 +795,8 @@ def test_a_save_that_fails_leaves_the_old_artifact_and_nothing_else(
     artifact.data["k_core"] = 99
     expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(artifact_site, "write_tensors", failing)
+        for module in (artifact_site, artifact_recipes):
+            patch.setattr(module, "write_tensors", failing)
         with pytest.raises(expected):
             artifact.save(saved)
     assert contents(saved) == before

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from steerrec import attribution
@@ -57,6 +58,7 @@ def test_two_neurons_by_hand(monkeypatch):
     assert table["mean_b"].tolist() == [-1.0, 9.0]
     assert table["std_a"].tolist() == [1.0, 2.0]  # ddof 0
     assert table["std_b"].tolist() == [1.0, 3.0]
+    assert table["auroc"].tolist() == [1.0, 0.0]  # all of A above all of B, and below
     d = [3 / 1, -7 / 6.5**0.5]
     assert table["cohens_d"].tolist() == pytest.approx(d)
     # (n_a + n_b) / (n_a n_b) + d^2 / (2 (n_a + n_b)) with two users each
@@ -81,6 +83,8 @@ def test_zero_variance_is_flagged_and_gives_d_zero(monkeypatch):
     # constant everywhere; constant in each group; zero; constant in one group only
     assert table["zero_variance"].tolist() == [1.0, 1.0, 1.0, 0.0]
     assert table["cohens_d"].tolist() == pytest.approx([0.0, 0.0, 0.0, -2 / 0.5**0.5])
+    assert table["auroc"].tolist() == [0.5, 0.5, 0.5, 0.0]
+    assert table.signed("auroc").tolist() == [0.0, 0.0, 0.0, -0.5]
     assert all(bool(column.isfinite().all()) for column in table.columns.values())
 
 
@@ -125,7 +129,19 @@ def test_agrees_with_numpy_on_all_synthetic_users_at_once():
         "firing_rate_b": firing[1],
         "zero_variance": np.zeros(12),
     }
-    assert set(table.columns) == set(expected)
+    labels = np.r_[np.ones(300), np.zeros(300)]
+    both = np.concatenate([a, b])
+    pearson = [scipy.stats.pearsonr(both[:, j], labels) for j in range(12)]
+    intervals = [found.confidence_interval(0.95) for found in pearson]
+    ranked = scipy.stats.mannwhitneyu(a, b).statistic
+    expected |= {
+        "point_biserial": np.array([found.statistic for found in pearson]),
+        "point_biserial_low": np.array([interval.low for interval in intervals]),
+        "point_biserial_high": np.array([interval.high for interval in intervals]),
+        "auroc": ranked / 90_000,
+    }
+    assert set(table.columns) == {*expected, "auroc_se"}
+    assert 0.005 < table["auroc_se"].max() < 0.03
     for name, values in expected.items():
         assert table[name].dtype == torch.float32
         np.testing.assert_allclose(table[name].numpy(), values, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -184,3 +200,21 @@ def test_strongest_neurons_come_by_absolute_value_equals_by_number():
     assert table.strongest(3).tolist() == [1, 3, 4]
     assert table.strongest(2, by="mean_a").tolist() == [4, 0]
     assert table.strongest(99).tolist() == [1, 3, 4, 0, 2]
+
+
+def test_ranks_are_those_of_a_sample_of_many_users(monkeypatch):
+    whole = score(random_recommender())
+    monkeypatch.setattr(attribution, "RANKED_USERS", 60)
+    sample = score(random_recommender())
+    assert torch.equal(sample["cohens_d"], whole["cohens_d"])
+    assert not torch.equal(sample["auroc"], whole["auroc"])
+    assert (sample["auroc"] - whole["auroc"]).abs().max() < 0.25
+    assert sample["auroc_se"].mean() > whole["auroc_se"].mean()
+
+
+def test_neurons_are_ranked_by_the_gradient_where_it_is_known():
+    d, gradient = torch.tensor([3.0, -1.0, 0.0]), torch.tensor([0.1, 0.2, -0.3])
+    table = AttributionTable({"cohens_d": d, "grad_attribution": gradient}, {"name": "made-up"})
+    assert table.ranking == "grad_attribution"
+    assert table.strongest(3).tolist() == [2, 1, 0]
+    assert table.strongest(3, by="cohens_d").tolist() == [0, 1, 2]

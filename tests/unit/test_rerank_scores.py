@@ -30,14 +30,14 @@ def by_score(case, score):
     return lists
 
 
-def close(case, got, score):
-    """Whether lists hold the best items by a score, up to rounding."""
+def close(case, got, score, rounding=1e-12):
+    """Whether lists hold the best items by a score, up to what single precision rounds."""
     for user, row in enumerate(got.tolist()):
         want = by_score(case, score)[user]
         assert row.count(-1) == want.count(-1)
         pairs = [(a, b) for a, b in zip(row, want, strict=True) if a != -1]
         for a, b in pairs:
-            assert score(user, a) == pytest.approx(score(user, b), rel=1e-9, abs=1e-12)
+            assert score(user, a) == pytest.approx(score(user, b), rel=1e-5, abs=rounding)
         assert len({a for a, _ in pairs}) == len(pairs)
 
 
@@ -60,7 +60,8 @@ def test_ipr_against_its_formula(transform):
                 value = s
             return value / (1 + alpha * case.counts[item] / most)
 
-        close(case, IPR(alpha=alpha, transform=transform).lists(case.candidates), score)
+        got = IPR(alpha=alpha, transform=transform).lists(case.candidates)
+        close(case, got, score, rounding=1e-6 if transform == "minmax" else 1e-12)
 
 
 def test_logit_adjustment_against_its_formula():
@@ -70,7 +71,7 @@ def test_logit_adjustment_against_its_formula():
         def score(user, item, case=case, lam=lam):
             return case.scores[user][item] - lam * math.log(1 + case.counts[item])
 
-        close(case, LogitAdjustment(lam=lam).lists(case.candidates), score)
+        close(case, LogitAdjustment(lam=lam).lists(case.candidates), score, rounding=1e-5)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
