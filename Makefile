@@ -10,7 +10,7 @@ VENV := .venv
 RUN := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
-EXTRAS := [test,lint]
+EXTRAS := [test,lint,browser]
 SOURCES := steerrec adapters cli
 
 unexport PYTHONPATH PYTHONHOME
@@ -76,7 +76,7 @@ $(VENV)/created:
 
 # A strict editable install links the files there were when it was made: new ones need it made anew.
 $(VENV)/sources: $(VENV)/created FORCE
-	@{ echo "$(CURDIR)"; find $(SOURCES) -name '*.py' -o -name py.typed; } | LC_ALL=C sort > $@.new
+	@{ echo "$(CURDIR)"; find $(SOURCES) -name '*.py' -o -name py.typed -o -path '*/page/*'; } | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # torch goes first and alone, so that nothing later in the list can choose another build of it.

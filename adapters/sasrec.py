@@ -32,6 +32,7 @@ from steerrec.adapters.weights import Weights, refuse_misfits
 from steerrec.data import Catalogue, Histories
 from steerrec.errors import ModelError
 from steerrec.files import write_json
+from steerrec.graphs import has_values
 from steerrec.hub import Pushed, Snapshot, push
 from steerrec.hub_names import is_repo_id, is_sha
 from steerrec.loading import model_record
@@ -41,6 +42,9 @@ from steerrec.recommender import ItemHead
 from steerrec.sites import Site, TokenIds
 
 PAD = 0
+
+Newest = Tensor | Literal[-1]
+"""Which position of each history is wanted, [B]; -1 where it is the last one of all."""
 
 
 @strict
@@ -121,11 +125,16 @@ class SASRecAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: Tensor | None = None, newest: Newest | None = None
+    ) -> Tensor:
         """Mix each position with itself and those before it, [B, L, H].
 
-        `queries` are what each position asks with, where that is not what it is asked for.
+        `queries` are what each position asks with, where that is not what it is asked for. With
+        `newest` only that position of each history asks, [B, 1, H].
         """
+        if newest is not None:
+            return self._of_newest(x, x if queries is None else queries, newest)
         batch, length, width = x.shape
         projected = self.qkv(x)  # [B, L, 3 H]
         if queries is not None:
@@ -137,6 +146,29 @@ class SASRecAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return out
+
+    def _of_newest(self, x: Tensor, queries: Tensor, newest: Newest) -> Tensor:
+        batch, length, width = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(row_of(queries, newest), weight[:width], bias[:width])  # [B, 1, H]
+        k, v = F.linear(x, weight[width:], bias[width:]).split(width, dim=-1)
+        q, k, v = (
+            t.view(batch, -1, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v)
+        )
+        seen = None  # from the last position everything
+        if isinstance(newest, Tensor):
+            steps = torch.arange(length, device=x.device)
+            seen = (steps <= newest[:, None])[:, None, None]  # [B, 1, 1, L]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, 1, width))
+        return out
+
+
+def row_of(x: Tensor, places: Newest) -> Tensor:
+    """The rows [B, 1, H] of [B, L, H] at a position of each history."""
+    if not isinstance(places, Tensor):
+        return x[:, -1:]
+    return x.gather(1, places.view(-1, 1, 1).expand(-1, 1, x.shape[2]))
 
 
 class SASRecLayer(nn.Module):
@@ -155,18 +187,23 @@ class SASRecLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [B, L, H] of the next layer."""
+    def forward(self, x: Tensor, newest: Newest | None = None) -> Tensor:
+        """Hidden states [B, L, H] of the next layer; with `newest` only those, [B, 1, H]."""
         out: Tensor
+
+        def kept(states: Tensor) -> Tensor:
+            return states if newest is None else row_of(states, newest)
+
         if self.norm_first == "queries":
             queries = self.attention_norm(x)
-            x = self.feed_forward_norm(queries + self.dropout(self.attention(x, queries)))
+            mixed = self.dropout(self.attention(x, queries, newest))
+            x = self.feed_forward_norm(kept(queries) + mixed)
             out = x + self.dropout(self.feed_forward(x))
         elif self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x)))
+            x = kept(x) + self.dropout(self.attention(self.attention_norm(x), None, newest))
             out = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         else:
-            x = self.attention_norm(x + self.dropout(self.attention(x)))
+            x = self.attention_norm(kept(x) + self.dropout(self.attention(x, None, newest)))
             out = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
 
@@ -183,8 +220,16 @@ class SASRecModel(PreTrainedModel):
 
     The user vector is the output of `final_norm` at the newest item (an identity in models without
     one, so that the site has one name); `score` multiplies it with the item matrix.
+
+    Attributes
+    ----------
+    newest_only
+        Whether `score` runs the last layer for the newest item alone, which is all that it needs,
+        and much faster. Modules of that layer then emit [B, 1, H], so that sites there cannot have
+        positions other than the user's. Off unless switched on: scores may differ in the last bits.
     """
 
+    newest_only = False
     config_class = SASRecConfig
     base_model_prefix = "sasrec"
     main_input_name = "input_ids"
@@ -238,8 +283,16 @@ class SASRecModel(PreTrainedModel):
             return self.output_embedding.weight
         return self.item_embedding.weight[1:]
 
-    def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> SASRecOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        return_dict: bool | None = None,
+        *,
+        newest: Newest | None = None,
+    ) -> SASRecOutput:
         """Hidden states for padded `input_ids` [B, L] of ids 1..N (0 pads).
+
+        With `newest` those of the last layer are of that position of each history alone, [B, 1, H].
 
         Raises
         ------
@@ -262,8 +315,12 @@ class SASRecModel(PreTrainedModel):
             x = x * self.config.hidden_size**0.5
         x = x + self._positions(input_ids)
         x = self._zeroed(self.embedding_dropout(self.embedding_norm(x)), input_ids)
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) if newest is None else -1]:
             x = self._zeroed(layer(x), input_ids)
+        if newest is not None:
+            last = newest[:, None] if isinstance(newest, Tensor) else None
+            here = input_ids[:, -1:] if last is None else input_ids.gather(1, last)
+            x = self._zeroed(self.layers[-1](x, newest), here)
         return SASRecOutput(last_hidden_state=self.final_norm(x))
 
     def _positions(self, input_ids: Tensor) -> Tensor:
@@ -284,10 +341,23 @@ class SASRecModel(PreTrainedModel):
 
     def score(self, input_ids: Tensor) -> Tensor:
         """Scores [B, N] of every item as the next one after `input_ids` [B, L]."""
-        hidden = self(input_ids).last_hidden_state
-        if self.config.padding_side == "left":
-            user_vectors = hidden[:, -1]
+        left = self.config.padding_side == "left"
+        if self.newest_only and len(self.layers):
+            newest: Newest = -1
+            if (
+                not left
+                and len(input_ids) == 1
+                and has_values(input_ids)
+                and input_ids.device.type == "cpu"
+            ):
+                input_ids = input_ids[:, : max(1, int((input_ids != PAD).sum()))]
+            elif not left:
+                newest = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
+            user_vectors = self(input_ids, newest=newest).last_hidden_state[:, 0]
+        elif left:
+            user_vectors = self(input_ids).last_hidden_state[:, -1]
         else:
+            hidden = self(input_ids).last_hidden_state
             last = (input_ids != PAD).sum(dim=1).clamp_min(1) - 1  # [B]
             user_vectors = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         scores: Tensor = user_vectors @ self.item_matrix.T

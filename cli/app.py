@@ -19,10 +19,13 @@ from steerrec.cli.compare import compare
 from steerrec.cli.convert import convert
 from steerrec.cli.demo import demo
 from steerrec.cli.evaluate import evaluate
+from steerrec.cli.export import export
 from steerrec.cli.import_sae import import_sae
 from steerrec.cli.layers import layers
+from steerrec.cli.neurons import neuron, neurons
 from steerrec.cli.pull import pull
 from steerrec.cli.push import push
+from steerrec.cli.report import report
 from steerrec.cli.score import score
 from steerrec.cli.steer import steer
 from steerrec.cli.train import train
@@ -54,7 +57,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, train, convert, evaluate, layers, attach, import_sae, score, steer, compare, ablate),
-    *(card, push, pull),
+    *(report, neurons, neuron, export, card, push, pull),
 ):
     app.command()(command)
 

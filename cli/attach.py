@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from steerrec.cli import engine_options as eng
 from steerrec.cli import options as opt
 
 
@@ -67,6 +68,7 @@ def attach(
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Training prefixes to learn from, at most.")
     ] = 200_000,
+    max_users: opt.MaxUsers = None,
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     revision: opt.Revision = None,
@@ -77,6 +79,10 @@ def attach(
     k_core: opt.KCore = None,
     dedup: opt.Dedup = None,
     format: opt.Format = None,
+    engine: eng.EngineOption = None,
+    address: eng.Address = None,
+    workers: eng.Workers = None,
+    threads: eng.Threads = None,
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="Leave the captured shards on disk.")
     ] = False,
@@ -86,8 +92,10 @@ def attach(
     """Capture activations of a layer of MODEL, train an SAE on them, and save an ARTIFACT.
 
     An ARTIFACT that is there gets one more site. After an interruption the same command goes on
-    where it stopped.
+    where it stopped. With --engine activations are captured shard by shard on an engine. Under
+    torchrun (`torchrun --nproc-per-node 2 -m steerrec.cli attach ...`) all processes train the SAE.
     """
+    from steerrec import distributed
     from steerrec.activations import ActivationSampling
     from steerrec.artifacts import Artifact, load_artifact, save_site
     from steerrec.evaluation import reconstruction_cost
@@ -105,6 +113,8 @@ def attach(
     adding = opt.adds_to(output, force)
     before = None if warm_start is None else load_artifact(warm_start)
     start = None if before is None else before.at(layer)
+    if engine is None:
+        eng.refuse(**{"--address": address, "--workers": workers, "--threads": threads})
     started = time.perf_counter()
     read = partial(
         opt.read_data,
@@ -131,23 +141,41 @@ def attach(
     else:
         training = SAETraining.going_on(start.sae)
     work = opt.partial(output)
-    sae, summary = fit_autoencoder(
-        rec,
-        split.train,
-        site=site,
-        training=replace(
-            training,
-            epochs=epochs or training.epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate or training.learning_rate,
-            seed=seed,
-        ),
-        sampling=ActivationSampling(rows=rows, seed=seed),
-        work=work,
-        device=device,
-        warm_start=None if start is None else start.sae,
-    )
-    summary["downstream"] = reconstruction_cost(rec, sae, split, site=site)
+    sampling = ActivationSampling(rows=rows, seed=seed)
+    with distributed.process_group():
+        if engine is not None and distributed.rank() == 0:
+            from steerrec.batch_capturing import capture_on_engine
+
+            capture_on_engine(
+                rec,
+                split.train,
+                work / "activations",
+                eng.engine_of(engine, address, workers, threads, device),
+                model=model,
+                revision=revision,
+                site=site,
+                sampling=sampling,
+                device=device,
+            )
+        sae, summary = fit_autoencoder(
+            rec,
+            split.train,
+            site=site,
+            training=replace(
+                training,
+                epochs=epochs or training.epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate or training.learning_rate,
+                seed=seed,
+            ),
+            sampling=sampling,
+            work=work,
+            device=device,
+            warm_start=None if start is None else start.sae,
+        )
+    if distributed.launched_as():
+        return  # the first process measures and writes
+    summary["downstream"] = reconstruction_cost(rec, sae, split, site=site, max_users=max_users)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     if adding:
         save_site(output, rec, sae, site=site, training=summary)

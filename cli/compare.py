@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
     from steerrec.artifacts import SiteArtifact
     from steerrec.comparison_results import Comparison, MethodResult, Row
-    from steerrec.data import Histories
+    from steerrec.data import Histories, Split
     from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
     from steerrec.rerank import Reranker
+
+LEARNED = {"learned": "even", "learned-gini": "gini", "learned-ltc": "ltc"}
+"""Methods that are learned first, and their objectives."""
 
 _FILES = ("compare.json", "compare.csv", "compare.png", "compare-users.png")
 
@@ -96,7 +99,8 @@ def compare(
             "the model would have to run for each setting; compare an SAE of the scored vector"
         )
     split = opt.split_for(rec, interactions)
-    chosen, seconds = _methods(here, rec, split.train, contrast, names, seed, device)
+    learn = partial(_learned, rec, here, split, k=k, mask_seen=mask_seen, seed=seed, device=device)
+    chosen, seconds = _methods(here, rec, split.train, contrast, names, seed, device, learn)
     result = run(
         rec,
         split,
@@ -128,6 +132,7 @@ def _methods(
     names: list[str] | None,
     seed: int,
     device: str,
+    learn: Callable[[str], Reranker],
 ) -> tuple[dict[str, Reranker], dict[str, float]]:
     """The methods that were asked for, and how long each took to make."""
     from steerrec.contrasts import contrast_name
@@ -142,7 +147,8 @@ def _methods(
         "popsteer-compat": lambda: Steering.popsteer(here.table(contrast), popsteer_compat=True),
         **{name: partial(here.recipe, name) for name in here.steerings},
     }
-    known = [*steerings, *(name for name in METHODS if name not in steerings)]
+    learned = {name: value for name, value in LEARNED.items() if name not in steerings}
+    known = [*steerings, *learned, *(name for name in METHODS if name not in steerings)]
     made: dict[str, Reranker] = {}
     seconds: dict[str, float] = {}
     dimensions: Any = None
@@ -151,6 +157,8 @@ def _methods(
         if name in steerings:
             transform = SteerTransform(sae, steerings[name]())
             made[name] = reranker("popsteer", transform=transform)
+        elif name in learned:
+            made[name] = learn(learned[name])
         elif name in METHODS:
             if "dimensions" in METHODS[name].needs:
                 if dimensions is None:
@@ -165,6 +173,27 @@ def _methods(
             raise MethodError(f"no method {name!r}; {hint}there are {', '.join(known)}")
         seconds[name] = time.perf_counter() - started
     return made, seconds
+
+
+def _learned(
+    rec: Recommender,
+    here: SiteArtifact,
+    split: Split,
+    objective: str,
+    *,
+    k: int,
+    mask_seen: bool,
+    seed: int,
+    device: str,
+) -> Reranker:
+    from steerrec.learning import SteeringTraining, learn_path
+    from steerrec.rerank.learned import Learned
+
+    sae, training = here.sae.to(device), SteeringTraining(seed=seed)
+    path = learn_path(
+        rec, sae, split, objective=objective, k=k, mask_seen=mask_seen, training=training
+    )
+    return Learned(path.transform(sae))
 
 
 def _write(result: Comparison, folder: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from steerrec.cli import options as opt
 from steerrec.cli.attach import attach
+from steerrec.cli.report import report
 from steerrec.cli.score import score
 from steerrec.cli.steer import steer
 from steerrec.cli.train import train
@@ -26,7 +27,7 @@ def demo(
     latents: Annotated[int, typer.Option("--latents", min=8, help="Latents of the SAE.")] = 1024,
     seed: opt.Seed = 0,
 ) -> None:
-    """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer.
+    """Simulate data, train a recommender, attach an SAE, find the popularity neurons, steer, tell.
 
     Nothing is downloaded. Every step is one of the other commands, and is shown as such. An
     earlier demo in the same folder is replaced.
@@ -51,7 +52,10 @@ def demo(
         f"steerrec steer {artifact} --model {model} --data {data} --sweep -o {output}/sweep",
     )
     steer(str(artifact), data, str(model), sweep=True, output=output / "sweep")
-    _say(started, f"done: look at {output / 'sweep' / 'sweep.png'}")
+    page = output / "report.html"
+    _say(started, f"steerrec report {artifact} --model {model} --data {data} -o {page}")
+    report(str(artifact), data, str(model), page)
+    _say(started, f"done: open {page} in a browser")
 
 
 def _make_way(output: Path) -> None:
@@ -64,6 +68,7 @@ def _make_way(output: Path) -> None:
         raise StorageError(f"{output} exists and is no earlier demo; choose another folder with -o")
     for name in ("data", "model", "model.partial", "artifact", "artifact.partial", "sweep"):
         shutil.rmtree(output / name, ignore_errors=True)
+    (output / "report.html").unlink(missing_ok=True)
 
 
 def _say(started: float, text: str) -> None:

@@ -79,6 +79,14 @@ K = Annotated[int, typer.Option("-k", "--top-k", min=1, help="Length of the list
 MaskSeen = Annotated[
     bool, typer.Option("--mask-seen", help="Leave out every item of a user's history.")
 ]
+MaxUsers = Annotated[
+    int | None,
+    typer.Option(
+        "--max-users",
+        min=1,
+        help="Measure on at most so many held-out users, a seeded sample; all by default.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 
 
@@ -507,6 +515,10 @@ def describe_protocol(found: Evaluation) -> str:
         f"{split}, {seen}, k = {protocol['k']}, "
         f"{protocol['users']:,} users, {protocol['items']:,} items"
     )
+    if sample := protocol.get("sample"):
+        line += f", a sample of {sample['of']:,} users (seed {sample['seed']})"
+    if "item_dtype" in protocol:
+        line += f", items in {protocol['item_dtype']}"
     unreachable = protocol.get("unreachable", 0.0)
     return line + (f", {unreachable:.1%} of targets unreachable" if unreachable else "")
 

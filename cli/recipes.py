@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,9 +9,6 @@ import typer
 from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from steerrec.artifacts import SiteArtifact
     from steerrec.autoencoder import SparseAutoencoder
     from steerrec.data import Split
     from steerrec.evaluation import CapturedUsers
@@ -24,32 +20,6 @@ if TYPE_CHECKING:
 
 SHOWN_NEURONS = 20
 BUDGET = 0.05
-
-
-def named_recipe(
-    here: SiteArtifact,
-    text: str | None,
-    contrast: str,
-    *,
-    neurons: int | None = None,
-    splice: Any = None,
-    popsteer_compat: bool = False,
-) -> Recipe:
-    """The recipe of an expression, or the PopSteer rule on the table of a contrast."""
-    from steerrec.contrasts import contrast_name
-    from steerrec.expressions import recipe_of
-    from steerrec.steering import Steering
-
-    if text is None:
-        table = here.table(contrast_name(contrast))
-        return Steering.popsteer(
-            table, neurons=neurons, splice=splice, popsteer_compat=popsteer_compat
-        )
-    known: dict[str, Callable[[], Recipe]] = {
-        name: partial(Steering.toward, table) for name, table in here.tables.items()
-    }
-    known |= {name: partial(here.recipe, name) for name in here.steerings}
-    return recipe_of(text, known)
 
 
 def gated_by(recipe: Recipe, text: str | None, rec: Recommender, split: Split) -> Recipe:

@@ -54,6 +54,15 @@ def score(
             "does. Implies --causal all.",
         ),
     ] = None,
+    least_active: Annotated[
+        float,
+        typer.Option(
+            "--least-active",
+            min=0,
+            max=1,
+            help="Only neurons active in more than this share of users are in the study.",
+        ),
+    ] = 0.0,
     k: opt.K = 10,
     mask_seen: opt.MaskSeen = False,
     site: opt.SiteName = None,
@@ -141,7 +150,7 @@ def score(
             )
         column = by or table.ranking
         table.signed(column)  # an unknown column is an error before anything is written
-        found = None if study is None else attribution_study(table)
+        found = None if study is None else attribution_study(table, least_active=least_active)
         described = None
         if here.site == rec.site:
             described = table_in_words(table, here.sae, rec, by=column)
@@ -165,19 +174,20 @@ def score(
             documents.append({**shown, "top": _strongest(table, top, column), **told})
             continue
         label = {1: table.contrast["group_a"]["label"], -1: table.contrast["group_b"]["label"]}
+        effects = {name: title for name, title in _EFFECTS.items() if name in table.columns}
         extra = [column] if column not in _SHOWN else []
         rows = [
             [
                 str(row["neuron"]),
                 f"{row['cohens_d']:+.2f} ± {row['cohens_d_se']:.2f}",
-                *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *_EFFECTS)),
+                *(opt.number(row.get(name), ".3g") for name in (*extra, "auroc", *effects)),
                 label[1 if table.signed(column)[int(row["neuron"])] > 0 else -1],
                 f"{row['firing_rate_a']:.1%}",
                 f"{row['firing_rate_b']:.1%}",
             ]
             for row in _strongest(table, top, column)
         ]
-        titles = ["neuron", "Cohen's d", *extra, "AUROC", *_EFFECTS.values(), "group"]
+        titles = ["neuron", "Cohen's d", *extra, "AUROC", *effects.values(), "group"]
         titles += [f"fires for {label[1]}", f"fires for {label[-1]}"]
         title = (
             f"{table.name}: strongest of {len(table):,} neurons by {column}, {users:,} synthetic "

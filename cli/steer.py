@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerrec.cli import engine_options as eng
 from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def steer(
         typer.Option("--split", help="Whole histories, or a held-out part with its metrics."),
     ] = SplitName.none,
     mask_seen: opt.MaskSeen = False,
+    max_users: opt.MaxUsers = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -120,6 +122,17 @@ def steer(
     ] = False,
     alphas: Annotated[
         str | None, typer.Option("--alphas", help="Strengths for --sweep, such as 0.5,1,2.")
+    ] = None,
+    item_dtype: eng.ItemDtypeOption = eng.ItemDtypeName.float32,
+    engine: eng.EngineOption = None,
+    address: eng.Address = None,
+    workers: eng.Workers = None,
+    threads: eng.Threads = None,
+    block_users: Annotated[
+        int | None,
+        typer.Option(
+            "--block-users", min=1, help="Users in a block; 16384.", rich_help_panel=eng.PANEL
+        ),
     ] = None,
     seed: opt.Seed = 0,
     site: opt.SiteName = None,
@@ -136,7 +149,11 @@ def steer(
     force: opt.Force = False,
     json_output: opt.Json = False,
 ) -> None:
-    """Recommend with steering; with --split or --sweep say what it gains and what it costs."""
+    """Recommend with steering; with --split or --sweep say what it gains and what it costs.
+
+    With --engine users are scored in blocks, each a Parquet file in the folder -o; DATA may then
+    hold histories in Parquet, one row a user. After an interruption the same command goes on.
+    """
     import torch
 
     from steerrec.artifacts import save_steering
@@ -146,7 +163,6 @@ def steer(
         effects,
         gated_by,
         learned,
-        named_recipe,
         print_effects,
         print_shares,
     )
@@ -160,13 +176,22 @@ def steer(
         rank,
         rank_steered,
     )
+    from steerrec.expressions import named_recipe
+    from steerrec.item_dtypes import with_item_dtype
     from steerrec.operations import ResponseSteering
     from steerrec.shares import slot_shares
     from steerrec.strengths import objective_of
 
-    _check(output, sweep, alphas, force, splice, popsteer_compat)
+    if engine is None:
+        eng.refuse(
+            **{"--address": address, "--workers": workers, "--threads": threads},
+            **{"--block-users": block_users},
+        )
+        _check(output, sweep, alphas, force, splice, popsteer_compat)
     if sweep and (alpha is not None or split is not SplitName.none):
         raise typer.BadParameter("--sweep measures its own strengths on both held-out parts")
+    if max_users and not sweep and split is SplitName.none:
+        raise typer.BadParameter("--max-users goes with --split valid, --split test or --sweep")
     if sweep and save:
         raise typer.BadParameter("--save goes with one strength, not with --sweep")
     if recipe and (neurons or splice or popsteer_compat):
@@ -191,10 +216,50 @@ def steer(
         dedup=dedup,
         format=format,
     )
+    if engine is not None:
+        from steerrec.batch_scoring import ScoringSpec
+        from steerrec.cli.steer_blocks import steer_blocks
+
+        if sweep or save or split is not SplitName.none:
+            raise typer.BadParameter("--engine recommends: no --sweep, --save or --split")
+        if gate or objective or shares:
+            raise typer.BadParameter(
+                "--engine has no --gate, --objective or --shares: save a recipe first, and steer "
+                "by --recipe"
+            )
+        steer_blocks(
+            ScoringSpec(
+                artifact=artifact,
+                revision=revision,
+                site=site,
+                model=model,
+                strict=strict,
+                recipe=recipe,
+                contrast=contrast,
+                neurons=neurons,
+                splice=None if splice is None else splice.value,
+                popsteer_compat=popsteer_compat,
+                alpha=alpha,
+                k=k,
+                mask_seen=mask_seen,
+                item_dtype=item_dtype.value,
+                device=device,
+            ),
+            data,
+            output,
+            read,
+            item_map,
+            eng.engine_of(engine, address, workers, threads, device),
+            block_users=block_users,
+            force=force,
+            json=json_output,
+        )
+        return
     opened, rec, interactions = opt.open_artifact(
         artifact, model, read, item_map, device, site=site, strict=strict, revision=revision
     )
     opt.check_k(k, rec)
+    exact, rec = rec, with_item_dtype(rec, item_dtype.value)
     if shares is not None:  # before anything is computed
         attribute_column(opt.catalogue_for(rec, interactions), shares)
     here = opened.at(site)
@@ -202,8 +267,8 @@ def steer(
     tuned: dict[str, Any] = {}
     goal = None
     if objective is not None:
-        split_counts = torch.from_numpy(opt.split_for(rec, interactions).counts.copy())
-        goal = objective_of(objective, opt.catalogue_for(rec, interactions), split_counts)
+        held_out = opt.split_for(rec, interactions)
+        goal = objective_of(objective, opt.catalogue_for(rec, interactions), held_out)
     if learn and goal is not None:
         if here.site != rec.site:
             raise opt.not_scored(here.site, rec.site, "--learn")
@@ -263,6 +328,7 @@ def steer(
             alphas=strengths,
             k=k,
             mask_seen=mask_seen,
+            max_users=max_users,
         )
         folder = output or SWEEP
         write_sweep(result, folder, title=f"Steering by {recipe or contrast}", json=json_output)
@@ -272,8 +338,10 @@ def steer(
         capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
     else:
         which: Which = "valid" if split is SplitName.valid else "test"
-        capture = partial(capture_held_out, rec, opt.split_for(rec, interactions), which)
+        split_data = opt.split_for(rec, interactions)
+        capture = partial(capture_held_out, rec, split_data, which, max_users=max_users)
     users = capture()
+    error = eng.error_of(exact, rec, item_dtype, users.vectors, k)
     base = rank(rec, users, k=k, mask_seen=mask_seen)
     lists = rank_steered(
         rec, sae, steering, users, capture, site=here.site, k=k, mask_seen=mask_seen
@@ -304,9 +372,13 @@ def steer(
     if json_output:
         found = {name: result.to_dict() for name, result in results.items()}
         file = None if output is None else str(output)
-        opt.print_json({"alpha": steering.alpha, "recommendations": file, **found, **tuned})
+        opt.print_json(
+            {"alpha": steering.alpha, "recommendations": file, **found, **tuned, **error}
+        )
     else:
         opt.print_evaluations(results)
+        if error:
+            opt.note(eng.describe_error(error, k))
         if shares is not None:
             print_shares(shares, tuned["shares"])
         if learn:
@@ -346,23 +418,10 @@ def _check(
 
 def write_recommendations(path: Path, rec: Recommender, histories: Histories, lists: TopK) -> None:
     """One row a recommendation: user_id, rank, item_id, title, score, with the data's own ids."""
-    import numpy as np
-    import polars as pl
-
     from steerrec.files import atomic_file
+    from steerrec.recommendations import recommendation_frame
 
-    users, k = lists.ids.shape
-    frame = pl.DataFrame(
-        {
-            "user_id": histories.user_ids.gather(np.repeat(np.arange(users), k)),
-            "rank": np.tile(np.arange(1, k + 1), users),
-            "row": lists.ids.flatten().numpy(),
-            "score": lists.scores.flatten().numpy(),
-        }
-    ).filter(pl.col("row") >= 0)
-    items = rec.catalogue.frame.select("row", "item_id", "title")
-    frame = frame.join(items, on="row", how="left", maintain_order="left")
-    frame = frame.select("user_id", "rank", "item_id", "title", "score")
+    frame = recommendation_frame(rec.catalogue, histories.user_ids, lists)
     with atomic_file(path) as temporary:
         if path.suffix == ".parquet":
             frame.write_parquet(temporary)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from steerrec.activations import ActivationSampling as ActivationSampling
     from steerrec.agreement import AttributionStudy as AttributionStudy
     from steerrec.agreement import attribution_study as attribution_study
+    from steerrec.ann import AnnRecall as AnnRecall
+    from steerrec.ann import ann_recall as ann_recall
+    from steerrec.ann import faiss_index as faiss_index
     from steerrec.artifacts import Artifact as Artifact
     from steerrec.artifacts import load_artifact as load_artifact
     from steerrec.attachment import Attachment as Attachment
@@ -37,11 +40,16 @@ if TYPE_CHECKING:
     from steerrec.data import leave_one_out as leave_one_out
     from steerrec.data import read_interactions as read_interactions
     from steerrec.data import simulate as simulate
+    from steerrec.describing import describe_neuron as describe_neuron
+    from steerrec.describing import describe_neurons as describe_neurons
     from steerrec.effects import grad_attribution as grad_attribution
     from steerrec.errors import SteerrecError as SteerrecError
     from steerrec.evaluation import evaluate as evaluate
     from steerrec.evaluation import recommend as recommend
     from steerrec.explaining import neuron_effects as neuron_effects
+    from steerrec.explaining import strongest_alone as strongest_alone
+    from steerrec.exporting import export_artifact as export_artifact
+    from steerrec.exporting import export_transform as export_transform
     from steerrec.expressions import recipe_of as recipe_of
     from steerrec.gates import GatedSteering as GatedSteering
     from steerrec.gates import NeuronGate as NeuronGate
@@ -55,8 +63,11 @@ if TYPE_CHECKING:
     from steerrec.layers import site_at as site_at
     from steerrec.layers import site_report as site_report
     from steerrec.learning import SteeringTraining as SteeringTraining
+    from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
     from steerrec.loading import load_recommender as load_recommender
+    from steerrec.neurons import NeuronDescription as NeuronDescription
+    from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
     from steerrec.operations import LatentSteering as LatentSteering
     from steerrec.operations import ResponseSteering as ResponseSteering
     from steerrec.profiles import Contrast as Contrast
@@ -71,14 +82,19 @@ if TYPE_CHECKING:
     from steerrec.recommender import user_vectors as user_vectors
     from steerrec.report import plot_ablations as plot_ablations
     from steerrec.report import plot_tradeoff as plot_tradeoff
+    from steerrec.report_page import write_report as write_report
+    from steerrec.reporting import report_data as report_data
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.serving import RetrievalVectors as RetrievalVectors
+    from steerrec.serving import retrieval_vectors as retrieval_vectors
     from steerrec.shares import slot_shares as slot_shares
     from steerrec.sites import Lengths as Lengths
     from steerrec.sites import RealMask as RealMask
     from steerrec.sites import Site as Site
     from steerrec.sites import TokenIds as TokenIds
+    from steerrec.steered_users import describe_users as describe_users
     from steerrec.steering import Steering as Steering
     from steerrec.steering import SteerTransform as SteerTransform
     from steerrec.strengths import ChosenStrength as ChosenStrength
@@ -94,6 +110,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablations": "ablations",
     "ActivationSampling": "activations",
+    "AnnRecall": "ann",
     "Artifact": "artifacts",
     "Attachment": "attachment",
     "AttributionStudy": "agreement",
@@ -108,11 +125,14 @@ _HOME = {
     "ItemHead": "recommender",
     "LatentSteering": "operations",
     "Lengths": "sites",
+    "NeuronDescription": "neurons",
+    "NeuronDescriptions": "neurons",
     "NeuronGate": "gates",
     "RealMask": "sites",
     "Recipe": "recipes",
     "Recommender": "recommender",
     "ResponseSteering": "operations",
+    "RetrievalVectors": "serving",
     "SAETraining": "training",
     "Site": "sites",
     "SparseAutoencoder": "autoencoder",
@@ -126,6 +146,7 @@ _HOME = {
     "TokenIds": "sites",
     "ablate": "ablations",
     "add_columns": "attribution_columns",
+    "ann_recall": "ann",
     "attach": "attachment",
     "attribution_study": "agreement",
     "build_histories": "data",
@@ -134,8 +155,14 @@ _HOME = {
     "check_conformance": "conformance",
     "choose_strength": "strengths",
     "compare": "comparison",
+    "describe_neuron": "describing",
+    "describe_neurons": "describing",
+    "describe_users": "steered_users",
     "edit": "hooks",
     "evaluate": "evaluation",
+    "export_artifact": "exporting",
+    "export_transform": "exporting",
+    "faiss_index": "ann",
     "fit_autoencoder": "training",
     "fit_taste": "gates",
     "gated": "gates",
@@ -146,11 +173,13 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",
     "load_artifact": "artifacts",
     "load_recommender": "loading",
     "neuron_effects": "explaining",
+    "strongest_alone": "explaining",
     "plot_ablations": "report",
     "plot_attribution_study": "study_plot",
     "plot_frontiers": "comparison_plots",
@@ -162,7 +191,9 @@ _HOME = {
     "read_interactions": "data",
     "recipe_of": "expressions",
     "recommend": "evaluation",
+    "report_data": "reporting",
     "reranker": "rerank",
+    "retrieval_vectors": "serving",
     "score_groups": "attribution",
     "score_neurons": "attribution",
     "simulate": "data",
@@ -173,6 +204,7 @@ _HOME = {
     "user_vectors": "recommender",
     "users_by_taste": "profiles",
     "wrap": "wrapping",
+    "write_report": "report_page",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -29,6 +29,7 @@ from steerrec.sites import Site
 
 MANIFEST = "activations.json"
 TENSOR = "user_vectors"
+_SETTINGS = "settings.json"
 Part = Literal["train", "held_out"]
 
 
@@ -213,44 +214,98 @@ def capture_activations(
         If a shard cannot be written.
     """
     folder, sampling, site = Path(folder), sampling or ActivationSampling(), site or rec.site
-    settings = {
+    settings = shard_settings(rec, train, site, sampling)
+    refuse_other_settings(folder, settings)
+    if (folder / MANIFEST).is_file():
+        return
+    shards = planned_shards(train, sampling, rec.max_length)
+    for shard in track(shards, "capture", unit="shard"):
+        if (path := shard.path(folder)).is_file():
+            continue
+        vectors = collect_user_vectors(
+            rec,
+            shard.prefixes(train, rec.max_length),
+            site,
+            batch_size=batch_size,
+            description=f"{shard.part} shard {shard.number + 1}",
+        )
+        begin(folder, settings)  # only now: a site that fails leaves nothing in the way
+        write_shard(path, vectors)
+    with safe_open(_shard_path(folder, "train", 0), framework="pt") as file:
+        width = file.get_slice(TENSOR).get_shape()[1]
+    parts: dict[str, list[int]] = {}
+    for shard in shards:
+        parts.setdefault(shard.part, []).append(len(shard.users))
+    write_json(folder / MANIFEST, {"width": width, "parts": parts})
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedShard:
+    """Which prefixes a shard holds: user and number of items of each, [R]."""
+
+    part: Part
+    number: int
+    users: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def path(self, folder: Path) -> Path:
+        """Where it is, or is to be."""
+        return _shard_path(folder, self.part, self.number)
+
+    def prefixes(self, train: Histories, max_length: int) -> Histories:
+        """Its prefixes, windowed."""
+        return train.prefixes(self.users, self.lengths, max_length)
+
+
+def planned_shards(
+    train: Histories, sampling: ActivationSampling, max_length: int
+) -> list[PlannedShard]:
+    """All shards of a folder; prefixes are in order of length, so that a batch has little padding.
+
+    Training shuffles all rows.
+    """
+    planned = []
+    for part, users, lengths in _parts(train, sampling):
+        order = np.argsort(np.minimum(lengths, max_length), kind="stable")
+        for number, start in enumerate(range(0, len(order), sampling.shard_rows)):
+            rows = order[start : start + sampling.shard_rows]
+            planned.append(PlannedShard(part, number, users[rows], lengths[rows]))
+    return planned
+
+
+def shard_settings(
+    rec: Recommender, train: Histories, site: Site, sampling: ActivationSampling
+) -> dict[str, Any]:
+    """All that the rows of a shard folder depend on, JSON-able."""
+    return {
         "site": site.to_dict(),
         "sampling": vars(sampling) | {},
         "data": digest(train),
         "max_length": rec.max_length,
         "model": fingerprint(rec, site),
     }
-    started = folder / "settings.json"
+
+
+def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise TrainingError if a shard folder was begun with other settings."""
+    started = folder / _SETTINGS
     if started.is_file() and _read_settings(started) != settings:
         raise TrainingError(
             f"{folder} holds activations of other settings, data or another model; run with those "
             "that they were started with, or delete that folder"
         )
-    if (folder / MANIFEST).is_file():
-        return
-    parts: dict[str, list[int]] = {}
-    for part, users, lengths in _parts(train, sampling):
-        # in order of length, so that a batch has little padding; training shuffles all rows
-        order = np.argsort(np.minimum(lengths, rec.max_length), kind="stable")
-        shards = [
-            order[i : i + sampling.shard_rows] for i in range(0, len(order), sampling.shard_rows)
-        ]
-        parts[part] = [len(shard) for shard in shards]
-        for number, rows in enumerate(track(shards, f"capture {part} rows", unit="shard")):
-            path = _shard_path(folder, part, number)
-            if path.is_file():
-                continue
-            prefixes = train.prefixes(users[rows], lengths[rows], rec.max_length)
-            vectors = collect_user_vectors(
-                rec, prefixes, site, batch_size=batch_size, description=f"shard {number + 1}"
-            )
-            if not started.is_file():  # only now: a site that fails leaves nothing in the way
-                write_json(started, settings)
-            with atomic_file(path) as temporary:
-                save_file({TENSOR: vectors}, temporary)
-    with safe_open(_shard_path(folder, "train", 0), framework="pt") as file:
-        width = file.get_slice(TENSOR).get_shape()[1]
-    write_json(folder / MANIFEST, {"width": width, "parts": parts})
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a shard folder is begun with."""
+    if not (folder / _SETTINGS).is_file():
+        write_json(folder / _SETTINGS, settings)
+
+
+def write_shard(path: Path, vectors: Tensor) -> None:
+    """Write the rows [R, H] of a shard, whole or not at all."""
+    with atomic_file(path) as temporary:
+        save_file({TENSOR: vectors}, temporary)
 
 
 def _parts(

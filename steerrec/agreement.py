@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from steerrec.attribution import AttributionTable
 from steerrec.errors import ArtifactError
@@ -65,6 +66,8 @@ class AttributionStudy:
         The causal column.
     neurons
         How many were switched off and are active in some user; the others tell nothing.
+    least_active
+        Or in more than this share of the users.
     strongest
         How many the strongest are.
     reliability
@@ -78,6 +81,7 @@ class AttributionStudy:
     contrast: str
     target: str
     neurons: int
+    least_active: float
     strongest: int
     reliability: float | None
     rows: tuple[ColumnAgreement, ...]
@@ -127,7 +131,7 @@ def attribution_study(
         raise ArtifactError(
             f"the table of {table.name} has no {target}; add it with `steerrec score --causal all`"
         )
-    usable = (table["causal_measured"] > 0) & (table["causal_active"] > least_active)
+    usable = comparable(table, least_active)
     count = int(usable.sum())
     if count < 3:
         raise ArtifactError(
@@ -166,7 +170,12 @@ def attribution_study(
     if target == "causal_effect":
         noise = table["causal_effect_se"][usable].double().square().mean()
         reliability = float(1 - noise / values[0].var(correction=0).clamp_min(1e-30))
-    return AttributionStudy(table.name, target, count, n, reliability, tuple(rows))
+    return AttributionStudy(table.name, target, count, least_active, n, reliability, tuple(rows))
+
+
+def comparable(table: AttributionTable, least_active: float = 0.0) -> Tensor:
+    """Which neurons were switched off and are active in more than this share of users, [d_sae]."""
+    return (table["causal_measured"] > 0) & (table["causal_active"] > least_active)
 
 
 def _rank_correlations(tied: list[NDArray[np.int64]], times: NDArray[Any]) -> NDArray[np.float64]:
@@ -184,4 +193,5 @@ def _rank_correlations(tied: list[NDArray[np.int64]], times: NDArray[Any]) -> ND
     ranks = ranks.reshape(weighted.shape)
     norm = np.sqrt((weighted * ranks).sum(axis=2))  # [2, 1 + columns]
     product = (weighted[:, :1] * ranks[:, 1:]).sum(axis=2)
-    return product / np.maximum(norm[:, :1] * norm[:, 1:], 1e-12)
+    found: NDArray[np.float64] = product / np.maximum(norm[:, :1] * norm[:, 1:], 1e-12)
+    return found

@@ -36,12 +36,15 @@ from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.card import is_made, make_card
 from steerrec.data import Catalogue, Histories
+from steerrec.description_files import read_descriptions, write_descriptions
 from steerrec.errors import ArtifactError, ArtifactWarning, DataError, SiteError
 from steerrec.files import atomic_file, atomic_folder, recover_folder, write_json
 from steerrec.hub_names import check_repo_id, is_repo_id, is_sha
+from steerrec.neurons import NeuronDescriptions
 from steerrec.published import cache_of
 from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender, fingerprint
+from steerrec.serving import scoring_record
 from steerrec.sites import Site, get_module
 from steerrec.steering import Steering, SteerTransform
 from steerrec.untrusted import json_able, open_inside, plain_name, read_json, shown
@@ -59,7 +62,9 @@ __all__ = [
     "Fit",
     "SiteArtifact",
     "load_artifact",
+    "load_descriptions",
     "save_card",
+    "save_descriptions",
     "save_result",
     "save_site",
     "save_steering",
@@ -121,7 +126,11 @@ class Artifact:
         """A new artifact with one SAE for a recommender."""
         site = site or rec.site
         known = {"adapter": type(rec).__name__, "source": None, **rec.describe()}
-        base = {**known, "fingerprint": {site.folder: fingerprint(rec, site)}}
+        base = {
+            **known,
+            "scoring": scoring_record(rec),
+            "fingerprint": {site.folder: fingerprint(rec, site)},
+        }
         here = SiteArtifact(site, sae, dict(training or {}))
         return cls(base, {site.folder: here}, dict(data or {}), items)
 
@@ -494,6 +503,28 @@ def save_result(
     """
     folder = _site_folder(path, site)
     return _refreshed(path, write_result(folder, name, found, picture))
+
+
+def save_descriptions(path: str | Path, site: Site, found: NeuronDescriptions) -> Path:
+    """Keep descriptions of neurons in an artifact on disk, so that they are found out once.
+
+    They quote real histories: `push` leaves them out, as does `Artifact.save`.
+    """
+    return write_descriptions(_site_folder(path, site, len(found)), found)
+
+
+def load_descriptions(
+    path: str | Path, site: Site, table: AttributionTable
+) -> NeuronDescriptions | None:
+    """What `save_descriptions` kept of the neurons of a site; None where there is nothing.
+
+    Raises
+    ------
+    ArtifactError
+        If it is damaged.
+    """
+    folder = _site_folder(path, site, len(table))
+    return read_descriptions(folder, Path(path), table)
 
 
 def save_card(

@@ -16,6 +16,7 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ArtifactError
 from steerrec.moments import RunningMoments
+from steerrec.neuron_moments import FiringCounts, NeuronMoments
 from steerrec.profiles import Contrast, synthetic_users
 from steerrec.progress import track
 from steerrec.recommender import Recommender, user_vectors
@@ -185,20 +186,18 @@ def score_groups(
     moments, rates, ranked = [], [], []
     labels = (contrast["group_a"]["label"], contrast["group_b"]["label"])
     for label, people in zip(labels, (group_a, group_b), strict=True):
-        running, fired = RunningMoments(sae.d_sae), torch.zeros(sae.d_sae, dtype=torch.int64)
+        running, fired = NeuronMoments(sae), FiringCounts(sae)
         kept = _sample(len(people))
         some: list[Tensor] = []
         batches = length_batches(people.lengths, batch_size)
         for rows in track(batches, f"{label} users", unit="batch"):
             vectors = user_vectors(rec, people.select(rows), site)
-            pre_acts = sae.pre_acts(vectors.to(sae.W_enc))
-            latents = sae.activate(pre_acts)
-            running.update(pre_acts)
-            active = latents.indices[latents.values > 0].cpu()
-            fired += torch.bincount(active, minlength=sae.d_sae)
             some.append(vectors[torch.from_numpy(kept[rows]).to(vectors.device)].float().cpu())
+            vectors = vectors.to(sae.W_enc)
+            running.update(vectors)
+            fired.update(vectors)
         moments.append(running)
-        rates.append(fired / running.n)
+        rates.append(fired.counts / running.n)
         ranked.append(torch.cat(some))
     a, b = moments
     d, error, zero = cohens_d(a, b)
@@ -232,7 +231,9 @@ def score_groups(
     )
 
 
-def cohens_d(a: RunningMoments, b: RunningMoments) -> tuple[Tensor, Tensor, Tensor]:
+def cohens_d(
+    a: RunningMoments | NeuronMoments, b: RunningMoments | NeuronMoments
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cohen's d of every column between two groups, its standard error, and where nothing varies.
 
     The standard error is that of large samples (Hedges & Olkin 1985); d is 0 without variance.

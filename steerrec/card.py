@@ -37,8 +37,7 @@ NEURONS = "neurons-"
 
 _MEANING = (
     "LTC: share of the long tail that is recommended to anybody; Gini: inequality of exposure, 0 "
-    "if all items are recommended equally often; coverage: share of the catalogue that is "
-    "recommended."
+    "if all items are recommended equally often; coverage: share of the catalogue recommended."
 )
 _MARK = re.compile(r"\n<!-- made by steerrec, sha256 ([0-9a-f]{64}) -->\n?\Z")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|~$!])")
@@ -153,7 +152,7 @@ def _site(folder: str, here: SiteArtifact) -> Iterator[str]:
 def _architecture(here: SiteArtifact) -> str:
     trained = _dig(here.training, "training", "architecture")
     own = here.sae.architecture
-    return f"{own}, trained as batchtopk" if trained == "batchtopk" != own else own
+    return f"{own}, trained as batchtopk" if trained == "batchtopk" else own
 
 
 def _swept(folder: str, here: SiteArtifact) -> Iterator[str]:

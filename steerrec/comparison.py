@@ -134,6 +134,8 @@ def compare(
         "replicates": replicates,
         "seed": seed,
     }
+    if (drawn := parts["test"].users.sample) is not None:
+        protocol["sample"] = drawn
     base: dict[str, dict[str, float]] = {
         which: _metrics(rec, part, part.candidates.base) for which, part in parts.items()
     }

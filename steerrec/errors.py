@@ -45,6 +45,10 @@ class StorageError(SteerrecError):
     """A file cannot be written: no space, no permission, or something else is in its place."""
 
 
+class EngineError(SteerrecError):
+    """What runs blocks of work is not there, or gave up."""
+
+
 class HubError(SteerrecError):
     """The Hub refuses, does not answer, or sends what is not what it says it is."""
 

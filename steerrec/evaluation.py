@@ -19,6 +19,7 @@ from steerrec.activations import collect_user_vectors
 from steerrec.attachment import attach
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories, Split
+from steerrec.item_dtypes import CompactItemHead
 from steerrec.metrics import RankingMetrics
 from steerrec.ranking import TopK, top_k
 from steerrec.recipes import Recipe
@@ -37,7 +38,9 @@ class Evaluation:
     ----------
     protocol
         `split`, `mask_seen`, `k`, `users`, `items`; with `mask_seen` also `unreachable`, the
-        share of targets that are in their own history and so cannot be recommended.
+        share of targets that are in their own history and so cannot be recommended; `sample`,
+        `of` how many users they are a sample and by which `seed`; and `item_dtype`, where items
+        are held in another dtype than the model's.
     metrics
         `ndcg@10`, `hr@10`, `ltc@10`, `gini@10`, …
     user_ndcg
@@ -68,12 +71,15 @@ class CapturedUsers:
         The item that each took next, [U]; None for whole histories, where it is not known.
     split
         `valid` or `test`, `none` for whole histories.
+    sample
+        `of` how many users they are a sample, and its `seed`; None for all of them.
     """
 
     vectors: Tensor
     histories: Histories
     targets: Tensor | None
     split: Literal["valid", "test", "none"]
+    sample: dict[str, int] | None = None
 
 
 def capture_users(rec: Recommender, histories: Histories) -> CapturedUsers:
@@ -86,12 +92,14 @@ def capture_held_out(
 ) -> CapturedUsers:
     """User vectors of the held-out users, at most `max_users` of them (a seeded sample)."""
     histories, targets = split.held_out(which)
+    taken = None
     if max_users is not None and max_users < len(histories):
         rng = np.random.default_rng(seed)
         sample = np.sort(rng.choice(len(histories), max_users, replace=False))
+        taken = {"of": len(histories), "seed": seed}
         histories, targets = histories.select(sample), targets[sample]
     vectors = collect_user_vectors(rec, histories, description=f"{which} users")
-    return CapturedUsers(vectors, histories, torch.from_numpy(targets), which)
+    return CapturedUsers(vectors, histories, torch.from_numpy(targets), which, taken)
 
 
 def rank(
@@ -125,6 +133,10 @@ def measure_lists(
         "users": count,
         "items": len(catalogue),
     }
+    if users.sample is not None:
+        protocol["sample"] = users.sample
+    if isinstance(head := rec.item_head, CompactItemHead):
+        protocol["item_dtype"] = str(head.weight.dtype).removeprefix("torch.")
     if mask_seen and users.targets is not None:
         protocol["unreachable"] = _repeated(users.histories, users.targets)
     return Evaluation(protocol, scores.compute(), scores.user_ndcg)
@@ -216,11 +228,17 @@ def recommend(
 
 
 def reconstruction_cost(
-    rec: Recommender, sae: SparseAutoencoder, split: Split, *, site: Site | None = None, k: int = 10
+    rec: Recommender,
+    sae: SparseAutoencoder,
+    split: Split,
+    *,
+    site: Site | None = None,
+    k: int = 10,
+    max_users: int | None = None,
 ) -> dict[str, Any]:
     """Held-out metrics with the reconstruction in place of the vector, beside the model's own.
 
-    Both splits are measured, and nothing is chosen by them.
+    Both splits are measured, and nothing is chosen by them. See `capture_held_out` for `max_users`.
 
     Returns
     -------
@@ -232,7 +250,7 @@ def reconstruction_cost(
     found: dict[str, Any] = {}
     splits: tuple[Which, ...] = ("valid", "test")
     for which in splits:
-        capture = partial(capture_held_out, rec, split, which)
+        capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
         base = measure(rec, users, k=k)
         lists = rank_steered(rec, sae, empty, users, capture, site=site, k=k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.evaluation import CapturedUsers, measure
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import ItemHead, Recommender
 
@@ -99,6 +101,61 @@ def neuron_effects(
         for place, neuron in enumerate(order)
         if size[neuron] > 0
     ]
+
+
+@dataclass(frozen=True)
+class PartialEffect:
+    """What a steering does if only its strongest neurons are used, with the constant.
+
+    Attributes
+    ----------
+    neurons
+        How many of them; 0 is the constant alone.
+    share
+        Their part of all that the responses do, as in `NeuronEffect`.
+    metrics
+        Of the lists that come out.
+    """
+
+    neurons: int
+    share: float
+    metrics: dict[str, float]
+
+
+def strongest_alone(
+    steering: ResponseSteering,
+    sae: SparseAutoencoder,
+    rec: Recommender,
+    users: CapturedUsers,
+    *,
+    counts: Sequence[int] = (0, 20, 100),
+    k: int = 10,
+    mask_seen: bool = False,
+) -> list[PartialEffect]:
+    """What is left of a steering without all but its strongest neurons, and with all of them.
+
+    Parameters
+    ----------
+    steering
+        Responses.
+    sae, rec
+        The SAE that they belong to, and its recommender.
+    users
+        Users to look at, from `capture_held_out`.
+    counts
+        How many neurons to use; all are added.
+    k, mask_seen
+        See `steerrec.evaluation.measure`.
+    """
+    every = neuron_effects(steering, sae, rec.item_head, users.vectors, neurons=sae.d_sae, items=1)
+    order = torch.tensor([effect.neuron for effect in every], dtype=torch.int64)
+    shares = torch.tensor([effect.share for effect in every], dtype=torch.float64)
+    found = []
+    for count in sorted({*(min(count, len(every)) for count in counts), len(every)}):
+        transform = steering.only(order[:count]).transform(sae)
+        metrics = measure(rec, users, k=k, mask_seen=mask_seen, transform=transform).metrics
+        found.append(PartialEffect(count, float(shares[:count].sum()), metrics))
+    return found
 
 
 @torch.no_grad()

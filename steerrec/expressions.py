@@ -9,12 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 from steerrec.contrasts import contrast_name
 from steerrec.errors import ArtifactError
 from steerrec.gates import NeuronGate
 from steerrec.recipes import Recipe
+from steerrec.steering import Steering
+
+if TYPE_CHECKING:
+    from steerrec.artifact_site import SiteArtifact
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -32,6 +38,31 @@ _NEURON = re.compile(
     r"(?P<no>not\s+)?neuron:(?P<neuron>\d{1,9})(?:\s*>\s*(?P<above>\d+\.?\d*|\.\d+))?"
 )
 _MAX_LENGTH, _MAX_TERMS = 2000, 100
+
+
+def named_recipe(
+    here: SiteArtifact,
+    text: str | None,
+    contrast: str,
+    *,
+    neurons: int | None = None,
+    splice: Any = None,
+    popsteer_compat: bool = False,
+) -> Recipe:
+    """The recipe of an expression in the names of an artifact's site; see `recipe_of`.
+
+    Without one, the PopSteer rule on the table of a contrast; see `Steering.popsteer`.
+    """
+    if text is None:
+        table = here.table(contrast_name(contrast))
+        return Steering.popsteer(
+            table, neurons=neurons, splice=splice, popsteer_compat=popsteer_compat
+        )
+    known: dict[str, Callable[[], Recipe]] = {
+        name: partial(Steering.toward, table) for name, table in here.tables.items()
+    }
+    known |= {name: partial(here.recipe, name) for name in here.steerings}
+    return recipe_of(text, known)
 
 
 def recipe_of(text: str, known: Mapping[str, Callable[[], Recipe]]) -> Recipe:

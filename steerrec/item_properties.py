@@ -49,7 +49,7 @@ def item_values(contrast: Contrast, catalogue: Catalogue) -> ItemValues:
     inside = np.zeros((2, len(catalogue)), dtype=bool)
     inside[0, contrast.group_a] = inside[1, contrast.group_b] = True
     values = inside[0].astype(np.float64) - inside[1]
-    return ItemValues(values, inside.any(axis=0))
+    return ItemValues(values, inside[0] | inside[1])
 
 
 def taste(histories: Histories, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from steerrec.kernels import Floats, Indices, _compiled, _is_finite
 
-_BLOCK = 32  # pre-activations whose largest excess is looked at before any of them is
+_BLOCK = 16  # pre-activations whose largest excess is looked at before any of them is
 
 
 @_compiled(fastmath={"nnan", "nsz", "reassoc", "contract"})  # rows that are not finite stay outside
@@ -20,6 +20,14 @@ def _excess(row: Floats, floor: Floats, start: int, stop: int) -> Any:
     top = row[start] - floor[start]
     for j in range(start, stop):
         top = max(top, row[j] - floor[j])
+    return top
+
+
+@_compiled(fastmath={"nnan", "nsz", "reassoc", "contract"})
+def _excess_of_either(row: Floats, other: Floats, floor: Floats, start: int, stop: int) -> Any:
+    top = row[start] - floor[start]
+    for j in range(start, stop):
+        top = max(top, max(row[j], other[j]) - floor[j])
     return top
 
 
@@ -107,10 +115,7 @@ def jumped(
             out[r, t] = 0
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
-            some = _excess(moved, floor, start, stop) > 0
-            if delta and not some:
-                some = _excess(row, floor, start, stop) > 0
-            if some:
+            if _excess_of_either(row, moved, floor, start, stop) > 0:
                 for j in range(start, stop):
                     change = moved[j] if moved[j] > floor[j] else np.float32(0)
                     if delta and row[j] > floor[j]:

@@ -123,6 +123,32 @@ class RankingMetrics:
         listed = recommended[recommended >= 0]
         self._exposure += torch.bincount(listed, minlength=self.num_items)
 
+    def add_exposure(self, rows: Tensor, counts: Tensor) -> None:
+        """Add lists without targets that were counted elsewhere.
+
+        Parameters
+        ----------
+        rows
+            Catalogue rows, integer [R].
+        counts
+            How many list slots hold each, int64 [R].
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, a row is not in the catalogue, or other lists came with targets.
+        """
+        if rows.shape != counts.shape or rows.ndim != 1:
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)} and counts {tuple(counts.shape)}; expected "
+                "[rows] for both"
+            )
+        if self._has_targets:
+            raise ValueError("targets came with some chunks only; pass them always or never")
+        self._check_rows("rows", rows, lowest=0)
+        self._has_targets = False
+        self._exposure.index_add_(0, rows.cpu().long(), counts.cpu().long())
+
     def compute(self) -> dict[str, float]:
         """The metrics of all users so far, keyed like ``"ndcg@10"``.
 

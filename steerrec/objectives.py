@@ -7,7 +7,8 @@ on how often the item is recommended now, so it is asked again and again while s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ class Objective:
     name
         What it is called in recipes.
     prices
-        From exposure (list slots by item, float [N]) to the price of a slot, float [N], from
-        -0.5, wanted, to 0.5, unwanted.
+        From exposure (list slots of each item for one user on average, float [N]) to the price of a
+        slot, float [N], from -0.5, wanted, to 0.5, unwanted; a sum of objectives has wider ones.
     value
         From exposure (integer counts [N]) to what is lowered.
     """
@@ -51,6 +52,66 @@ def even_exposure() -> Objective:
     The derivative of the Gini index by an item's exposure is linear in the item's rank.
     """
     return Objective("gini", lambda exposure: mid_ranks(exposure) - 0.5, gini)
+
+
+def exposure_entropy(users: int) -> Objective:
+    """Raise the entropy of exposure; what is lowered is the share of it that is missing.
+
+    Its derivative by an item's exposure is linear in the logarithm. Unlike ranks it tells an item
+    with a slot in ten users from one with a slot in all, and moves little when exposure does.
+
+    Parameters
+    ----------
+    users
+        How many users lists are for; an item that none of them gets counts as half a slot.
+    """
+
+    def value(exposure: Tensor) -> float:
+        share = exposure.double() / exposure.sum()
+        entropy = -float(torch.special.xlogy(share, share).sum())
+        return 1 - entropy / math.log(len(share)) if len(share) > 1 else 0.0
+
+    return Objective("entropy", lambda e: _spread((e + 0.5 / users).log()), value)
+
+
+def tail_coverage(groups: Tensor, users: int, *, slots: float = 1.5) -> Objective:
+    """Raise the share of tail items that are in somebody's list (LTC).
+
+    Where ``users`` lists hold item i ``c_i`` times on average, the chance that none does is about
+    ``exp(-c_i)``: nothing is gained by further slots for an item that has some. The price has this
+    form, and all other items have the same price.
+
+    Parameters
+    ----------
+    groups
+        Popularity group of each item, 2 for the tail, [N].
+    users
+        How many users lists are for.
+    slots
+        How fast the price rises with the slots that an item has: above 1, since
+        an item that has one on average is in nobody's list in a third of the cases.
+    """
+    tail = groups == TAIL
+
+    def prices(exposure: Tensor) -> Tensor:
+        missing = torch.exp(-exposure * users / slots)
+        return 0.5 - missing * tail.to(exposure)
+
+    def value(exposure: Tensor) -> float:
+        return -float((exposure[tail] > 0).double().mean()) if bool(tail.any()) else 0.0
+
+    return Objective("ltc", prices, value)
+
+
+def weighted(name: str, parts: Sequence[tuple[float, Objective]]) -> Objective:
+    """Several objectives at once: the prices and values of each, times its weight."""
+    if not parts or any(weight <= 0 for weight, _ in parts):
+        raise ValueError("expected one objective at least, and positive weights")
+    return Objective(
+        name,
+        lambda e: torch.stack([w * part.prices(e).double() for w, part in parts]).sum(dim=0),
+        lambda e: sum(w * part.value(e) for w, part in parts),
+    )
 
 
 def less_popularity(counts: Tensor) -> Objective:
@@ -104,16 +165,39 @@ def group_shares(labels: Tensor, shares: Tensor) -> Objective:
     return Objective("group_shares", prices, lambda e: float(surplus(e).abs().sum()) / 2)
 
 
-def named_objective(name: str, counts: Tensor, groups: Tensor) -> Objective:
-    """`gini`, `popularity` or `tail_share` for a catalogue of these counts and groups [N]."""
+OBJECTIVES = ("gini", "entropy", "ltc", "even", "popularity", "tail_share")
+"""Names that `named_objective` knows."""
+
+
+def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) -> Objective:
+    """One of `OBJECTIVES`.
+
+    Parameters
+    ----------
+    name
+        Such as `gini`.
+    counts, groups
+        Training interactions and popularity group of each item, [N].
+    users
+        How many users lists are for.
+    """
     makers: dict[str, Callable[[], Objective]] = {
         "gini": even_exposure,
+        "entropy": lambda: exposure_entropy(users),
+        "ltc": lambda: tail_coverage(groups, users),
+        "even": lambda: weighted(
+            "even", [(1.0, tail_coverage(groups, users)), (EVEN, exposure_entropy(users))]
+        ),
         "popularity": lambda: less_popularity(counts),
         "tail_share": lambda: more_tail(groups),
     }
     if name not in makers:
-        raise ValueError(f"no objective {name!r}; expected one of {', '.join(makers)}")
+        raise ValueError(f"no objective {name!r}; expected one of {', '.join(OBJECTIVES)}")
     return makers[name]()
+
+
+EVEN = 0.2
+"""Weight of the entropy of exposure beside the coverage of the tail in the objective `even`."""
 
 
 def _spread(values: Tensor) -> Tensor:

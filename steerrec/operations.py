@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from steerrec.autoencoder import Latents, SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError
 from steerrec.recipes import Encoding, Recipe, Step, Strength, own
+
+if TYPE_CHECKING:
+    from steerrec.attribution import AttributionTable
 
 UNLIMITED = float(torch.finfo(torch.float32).max)
 """Upper bound of a latent that has none."""
@@ -199,6 +202,39 @@ class LatentSteering(Recipe):
         `steerrec.latent_quantiles` says what values are usual in real users.
         """
         return cls._of(sae, neurons, "set", {}, low=values, high=values)
+
+    @classmethod
+    def from_column(
+        cls, table: AttributionTable, *, by: str = "logit_attribution", strength: float = 1.0
+    ) -> LatentSteering:
+        """Active latents scaled down the more they carry A: ``gain_j = exp(-strength * v_j)``.
+
+        Those that carry B are scaled up, and latents that are not active stay so. Not linear in
+        strength: make a recipe for each.
+
+        Parameters
+        ----------
+        table
+            Attribution table of the contrast.
+        by
+            The column v, its neutral value taken off. One of correlations means the same in any
+            SAE; Cohen's d and effects do not.
+        strength
+            How much; negative for more of group A.
+        """
+        gain = (-strength * table.signed(by).double()).exp().float()
+        return cls(
+            gain,
+            torch.zeros_like(gain),
+            torch.full_like(gain, UNLIMITED),
+            name="column",
+            provenance={
+                "rule": "column",
+                "by": by,
+                "strength": strength,
+                "contrast": table.contrast,
+            },
+        )
 
     @classmethod
     def _of(

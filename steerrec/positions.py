@@ -110,6 +110,8 @@ def find_rows(
         if found is not None:  # a single request: Python is faster than five kernels
             place = Place(last=found[0], items=found[1])
             return place, Firing(tensor.select(1, found[0]), 1, call, ids)
+    if length == 1 and site.positions == "user" and isinstance(source, TokenIds | RealMask):
+        return _only_row(site, tensor, seen, call, ids)
     if isinstance(source, Lengths):
         steps = torch.arange(length, device=tensor.device)
         real = steps < _lengths(site, source, seen, batch, tensor.device)[:, None]
@@ -128,7 +130,9 @@ def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int
     """The last real position of a single history and how many it has; None to ask tensors."""
     source = site.positions_from
     latest = seen[-1] if seen else None
-    if latest is None or latest.shape != (1, length) or latest.device.type != "cpu":
+    if latest is None or latest.ndim != 2 or latest.device.type != "cpu":
+        return None
+    if latest.shape[0] != 1 or length not in (1, latest.shape[1]):
         return None
     if not has_values(latest):
         return None
@@ -139,7 +143,19 @@ def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int
         real = [bool(number) is not source.padding for number in told]
     else:
         return None
-    return (length - 1 - real[::-1].index(True) if True in real else 0), sum(real)
+    return (length - 1 - real[::-1].index(True) if True in real and length > 1 else 0), sum(real)
+
+
+def _only_row(
+    site: Site, tensor: Tensor, seen: tuple[Tensor, ...], call: int, ids: Tensor | None
+) -> tuple[Place, Firing]:
+    """The user's row where a layer was run for the newest item alone: [B, 1, H]."""
+    batch = tensor.shape[0]
+    shape = next((tuple(found.shape) for found in reversed(seen) if len(found) == batch), None)
+    if shape is None or len(shape) != 2:
+        shape = (batch, 1)
+    items = _real(site, seen, shape).sum(dim=1).to(tensor.device)
+    return Place(last=torch.zeros_like(items), items=items), Firing(tensor[:, 0], batch, call, ids)
 
 
 def _jagged_rows(

@@ -127,7 +127,7 @@ def score_chunks(
         raise ValueError(f"chunks must hold a row at least, got {user_chunk=} and {item_chunk=}")
 
     def parts(users: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        vectors = user_vectors[users].to(head.weight)  # [B, H]
+        vectors = head.cast(user_vectors[users])  # [B, H]
         mask = None if seen is None else _seen_cells(seen, users)
         for start in range(0, len(head), item_chunk):
             items = slice(start, min(start + item_chunk, len(head)))

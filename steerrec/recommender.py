@@ -65,6 +65,10 @@ class ItemHead:
         """Width H of the user vectors that this head scores."""
         return self.weight.shape[1]
 
+    def cast(self, user_vectors: Tensor) -> Tensor:
+        """User vectors in the dtype and on the device that `scores` takes them in."""
+        return user_vectors.to(self.weight)
+
     def scores(self, user_vectors: Tensor) -> Tensor:
         """Scores [B, N] of every item for `user_vectors` [B, H]."""
         weight = self.weight
@@ -150,7 +154,7 @@ def user_vectors(rec: Recommender, histories: Histories, site: Site | None = Non
         [B, H], in the dtype of the model, on its device.
     """
     site = site or rec.site
-    if any(module.training for module in rec.model.modules()):
+    if _is_training(rec.model):
         raise ModelError(
             f"{type(rec.model).__name__} is in training mode: dropout would change user vectors "
             "at every call; call model.eval() first"
@@ -164,6 +168,16 @@ def user_vectors(rec: Recommender, histories: Histories, site: Site | None = Non
             "expected one each: use a site with positions='user'"
         )
     return vectors
+
+
+def _is_training(model: nn.Module) -> bool:
+    """Whether any part of a model is in training mode; asked at every batch, so without names."""
+    found = [model]
+    for module in found:
+        if module.training:
+            return True
+        found.extend(part for part in module._modules.values() if part is not None)
+    return False
 
 
 def fingerprint(rec: Recommender, site: Site | None = None) -> dict[str, Any]:

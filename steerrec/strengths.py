@@ -86,7 +86,7 @@ def choose_strength(
     if not 0 <= budget < 1:
         raise DataError(f"budget is {budget}; expected a share of nDCG from 0 to below 1")
     if isinstance(objective, str):
-        objective = objective_of(objective, rec.catalogue, torch.from_numpy(split.counts.copy()))
+        objective = objective_of(objective, rec.catalogue, split)
     goal = objective
     capture = partial(capture_held_out, rec, split, "valid", max_users=max_users, seed=seed)
     users = capture()
@@ -130,16 +130,22 @@ def choose_strength(
     return ChosenStrength(chosen, goal.name, budget, dict(sorted(tried.items())))
 
 
-def objective_of(text: str, catalogue: Catalogue, counts: Tensor) -> Objective:
+def objective_of(text: str, catalogue: Catalogue, split: Split) -> Objective:
     """An objective in words.
 
-    `gini`, `popularity`, `tail_share`; or a group of items as contrasts describe it, whose share of
-    the list slots is raised (``genres=Horror``), or brought to a share (``genres=Horror@0.1``).
+    One of `steerrec.objectives.OBJECTIVES`, such as `gini`; or a group of items as contrasts
+    describe it, whose share of the list slots is raised (``genres=Horror``), or brought to a share
+    (``genres=Horror@0.1``).
     """
     if not any(sign in text for sign in "=<>:"):
         groups = torch.from_numpy(catalogue.groups.labels.copy())
         try:
-            return named_objective(text, counts, groups)
+            return named_objective(
+                text,
+                torch.from_numpy(split.counts.copy()),
+                groups,
+                users=len(split.held_out("valid")[0]),
+            )
         except ValueError as error:
             raise DataError(f"{error}, or a group of items such as genres=Horror") from None
     words, _, share = text.partition("@")

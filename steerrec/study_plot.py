@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerrec.agreement import AttributionStudy
+from steerrec.agreement import AttributionStudy, comparable
 from steerrec.attribution import AttributionTable
 from steerrec.files import atomic_file
 from steerrec.objectives import mid_ranks
@@ -40,14 +40,16 @@ def plot_attribution_study(
     down = math.ceil(len(study.rows) / across)
     figure = Figure(figsize=(13.5, 3.4 + 3.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.6, 3.0 * down])
+    grid = figure.add_gridspec(2, 1, height_ratios=[2.6, 3.0 * down])
+    upper, lower = (figure.add_subfigure(grid[row]) for row in (0, 1))
     _draw_intervals(upper.subplots(), study)
     panels = lower.subplots(down, across, squeeze=False).flatten().tolist()
-    usable = (table["causal_measured"] > 0) & (table["causal_active"] > 0)
+    usable = comparable(table, study.least_active)
     effect = mid_ranks(table.signed(study.target)[usable].double())
+    size = 4 if study.neurons > 1000 else 10
     for axes, row in zip(panels, study.rows, strict=False):
         ranks = mid_ranks(table.signed(row.column)[usable].double())
-        axes.scatter(ranks.numpy(), effect.numpy(), s=4, alpha=0.25, color=_BLUE, lw=0)
+        axes.scatter(ranks.numpy(), effect.numpy(), s=size, alpha=0.35, color=_BLUE, lw=0)
         axes.set_title(f"{row.column}: {row.correlation:+.2f}", fontsize=10)
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
@@ -57,9 +59,10 @@ def plot_attribution_study(
     lower.supxlabel("rank of the neuron by the column", fontsize=10)
     lower.supylabel(f"rank by {study.target}", fontsize=10)
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    where = f" active in over {study.least_active:.1%} of users" if study.least_active else ""
     subtitle = (
-        f"{study.neurons:,} neurons, each switched off alone; Spearman's rank correlation with "
-        f"{study.target}, 95 % interval over neurons"
+        f"{study.neurons:,} neurons{where}, each switched off alone; Spearman's rank correlation "
+        f"with {study.target}, 95 % interval over neurons"
     )
     height = figure.get_figheight()
     figure.text(0.01, 1 - 0.42 / height, subtitle, fontsize=9.5, color="#555b64")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from steerrec.evaluation import (
     rank,
     rank_steered,
 )
+from steerrec.many_strengths import steered_at
 from steerrec.progress import track
 from steerrec.recipes import Recipe
 from steerrec.recommender import Recommender
 from steerrec.sites import Site
+from steerrec.steering import SteerTransform
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def sweep(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     k: int = 10,
     mask_seen: bool = False,
+    max_users: int | None = None,
 ) -> Sweep:
     """Measure a steering at many strengths, on validation and on test.
 
@@ -100,15 +103,25 @@ def sweep(
         Strengths; 0 is always measured first.
     k, mask_seen
         See `measure`.
+    max_users
+        See `capture_held_out`.
     """
     strengths = (0.0, *(alpha for alpha in alphas if alpha != 0))
     found: dict[Which, list[Evaluation]] = {"valid": [], "test": []}
     for which, results in found.items():
-        capture = partial(capture_held_out, rec, split, which)
+        capture = partial(capture_held_out, rec, split, which, max_users=max_users)
         users = capture()
+        moved = (
+            steered_at(users.vectors, SteerTransform(sae, steering), strengths[1:])
+            if site is None or site == rec.site
+            else None
+        )
         for alpha in track(strengths, f"strengths on {which}", unit="alpha"):
             if alpha == 0:  # the unsteered model, also where a reconstruction would be spliced in
                 lists = rank(rec, users, k=k, mask_seen=mask_seen)
+            elif moved is not None:
+                steered = replace(users, vectors=next(moved))
+                lists = rank(rec, steered, k=k, mask_seen=mask_seen)
             else:
                 recipe = steering.with_alpha(alpha)
                 lists = rank_steered(

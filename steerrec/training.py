@@ -1,6 +1,6 @@
 """Fitting a sparse autoencoder to captured activations: loop, exact resume, report.
 
-What a step computes, by architecture, is in `sae_steps`.
+What a step computes is in `sae_steps`, which latents are active in it in `sae_rules`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steerrec import distributed
 from steerrec.activations import ActivationSampling, ActivationShards, capture_activations
 from steerrec.attachment import count_firings
 from steerrec.autoencoder import Architecture, SparseAutoencoder
@@ -26,7 +27,8 @@ from steerrec.errors import TrainingError
 from steerrec.moments import RunningMoments
 from steerrec.progress import track
 from steerrec.recommender import Recommender
-from steerrec.sae_steps import JumpReLU, rule_of, step
+from steerrec.sae_rules import JumpReLU, rule_of
+from steerrec.sae_steps import step
 from steerrec.sites import Site
 from steerrec.thresholds import largest_so_far
 from steerrec.warm_start import check_size, digest, normalised, recentre
@@ -116,6 +118,8 @@ def train_autoencoder(
     warm_start: SparseAutoencoder | None = None,
 ) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Train an SAE from shards, with a true shuffle over all rows and a checkpoint each epoch.
+
+    Inside `distributed.process_group`, under torchrun, all processes train it together.
 
     Rows are centred and scaled by one number for training; the result is folded back and reads
     raw activations.
@@ -272,7 +276,7 @@ class _Run:
         for number, rows in enumerate(track(batches, f"epoch {self.epoch + 1}", unit="batch")):
             x = (self.shards.gather(rows).to(self.device) - mean) / self.scale
             self.set_learning_rate(self.epoch * len(batches) + number, len(batches))
-            fvu += self.step(x)
+            fvu += self.step(*distributed.share(x))
         value = float(fvu) / len(batches)
         if not all(bool(tensor.isfinite().all()) for tensor in self.sae.parameters()):
             value = math.nan
@@ -285,24 +289,28 @@ class _Run:
         self.log.append({"epoch": self.epoch, "fvu": value, "dead": len(self.dead)})
         logger.info("SAE epoch %d: %s", self.epoch, self.log[-1])
 
-    def step(self, x: Tensor) -> Tensor:
-        """One optimiser step on a batch; returns its FVU."""
+    def step(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """One optimiser step on a batch, or this process's share of it; returns its FVU."""
         sae, training = self.sae, self.training
+        dead = self.dead
         fvu, fired = step(
             sae,
             self.rule,
             x,
-            self.dead,
+            dead,
             aux_k=training.aux_k,
             aux_weight=training.aux_weight,
         )
+        distributed.sum_gradients([*sae.parameters(), *self.rule.parameters()], weight)
         _project_decoder_gradient(sae)
         self.optimizer.step()
+        self.rule.after_step(dead)
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-            self.rows_since_fired += len(x)
+            self.rows_since_fired += len(x) * distributed.size()
             self.rows_since_fired[fired] = 0
-        return fvu
+            distributed.smallest(self.rows_since_fired)
+        return distributed.summed(fvu, weight)
 
     def set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.training.epochs
@@ -312,6 +320,8 @@ class _Run:
             group["lr"] = self.training.learning_rate * factor
 
     def save(self) -> None:
+        if distributed.rank():
+            return
         parts = {
             "sae": self.sae.state_dict(),
             "dead": {"rows_since_fired": self.rows_since_fired},
@@ -434,6 +444,8 @@ def fit_autoencoder(
         L0 and dead share; `warm_start` has the same of the SAE that training went on from.
     """
     if work is None:
+        if distributed.size() > 1:
+            raise TrainingError("several processes train from one folder of activations; give work")
         with tempfile.TemporaryDirectory() as folder:
             return fit_autoencoder(
                 rec,
@@ -449,7 +461,9 @@ def fit_autoencoder(
         training = training or SAETraining.going_on(warm_start)
         count_firings(rec, site or rec.site, width=warm_start.d_in)  # before anything is captured
     shards = Path(work) / "activations"
-    capture_activations(rec, train, shards, site=site, sampling=sampling)
+    if distributed.rank() == 0:
+        capture_activations(rec, train, shards, site=site, sampling=sampling)
+    distributed.wait()
     seen, held_out = ActivationShards(shards), ActivationShards(shards, "held_out")
     sae, summary = train_autoencoder(
         seen, training or SAETraining(), work=work, device=device, warm_start=warm_start

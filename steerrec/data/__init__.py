@@ -9,6 +9,7 @@ from steerrec.data.interactions import (
     Preparation,
     read_interactions,
     write_csv,
+    write_parquet,
 )
 from steerrec.data.popularity import HEAD, MID, TAIL, PopularityGroups, popularity_groups
 from steerrec.data.simulate import simulate
@@ -32,4 +33,5 @@ __all__ = [
     "read_interactions",
     "simulate",
     "write_csv",
+    "write_parquet",
 ]

@@ -234,7 +234,29 @@ def write_csv(interactions: Interactions, folder: str | os.PathLike[str]) -> Non
     StorageError
         If the file system refuses.
     """
-    folder = Path(folder)
+    items, rows = _tables(interactions)
+    items = items.with_columns(pl.col(pl.List(pl.String)).list.join("|"))
+    for name, frame in (("items.csv", items), ("interactions.csv", rows)):
+        with atomic_file(Path(folder) / name) as partial:
+            frame.write_csv(partial)
+
+
+def write_parquet(interactions: Interactions, folder: str | os.PathLike[str]) -> None:
+    """Write `interactions.parquet` and `items.parquet`, as `write_csv` does: for large data.
+
+    Raises
+    ------
+    StorageError
+        If the file system refuses.
+    """
+    items, rows = _tables(interactions)
+    for name, frame in (("items.parquet", items), ("interactions.parquet", rows)):
+        with atomic_file(Path(folder) / name) as partial:
+            frame.write_parquet(partial)
+
+
+def _tables(interactions: Interactions) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Items and interactions with the data's own ids."""
     rows = {
         "user_id": interactions.user_ids.gather(interactions.user),
         "item_id": interactions.item_ids.gather(interactions.item),
@@ -247,12 +269,9 @@ def write_csv(interactions: Interactions, folder: str | os.PathLike[str]) -> Non
             "another name"
         )
     rows |= {name: pl.Series(values) for name, values in interactions.columns.items()}
-    items = interactions.item_attributes.with_columns(
-        pl.col(pl.List(pl.String)).list.join("|")
-    ).insert_column(0, interactions.item_ids.alias("item_id"))
-    for name, frame in (("items.csv", items), ("interactions.csv", pl.DataFrame(rows))):
-        with atomic_file(folder / name) as partial:
-            frame.write_csv(partial)
+    items = interactions.item_attributes.clone()
+    items.insert_column(0, interactions.item_ids.alias("item_id"))
+    return items, pl.DataFrame(rows)
 
 
 def _required(

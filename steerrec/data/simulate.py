@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from steerrec.data.interactions import Interactions, Preparation, recode
 from steerrec.errors import DataError
+from steerrec.progress import track
 
 _LATENT = 8
 _SUCCESSORS = 8  # items that go with an item
@@ -21,7 +22,7 @@ _PULL = 0.6  # of popularity on what goes with what
 _TASTE = 0.6  # weight of a user's own categories against everybody's
 _LIKING = 0.5  # of latent taste
 _FOLLOW_LAST, _FOLLOW_BEFORE = 0.75, 0.25  # which of the last two items is followed
-_CELLS = 1 << 26  # users x items of the seen-mask held at once
+_USERS_AT_ONCE = 8192
 _YEAR = 365 * 24 * 3600
 
 _NOUNS = {
@@ -98,13 +99,10 @@ def simulate(
     rng = np.random.default_rng(seed)
     world = _World(rng, items, min(categories, items), zipf)
     lengths = min_length + (rng.beta(1.1, 3.0, users) * (max_length - min_length + 1)).astype(int)
-    chunk = max(1, min(8192, _CELLS // items))
-    parts = [
-        _walk(rng, world, lengths[start : start + chunk], follow)
-        for start in range(0, users, chunk)
-    ]
+    starts = track(range(0, users, _USERS_AT_ONCE), "simulate", unit="chunk")
+    parts = [_walk(rng, world, lengths[i : i + _USERS_AT_ONCE], follow) for i in starts]
     item = np.concatenate(parts)
-    user = np.repeat(np.arange(users), lengths)
+    user = np.repeat(np.arange(users, dtype=np.int32), lengths)
     gaps = 1 + rng.exponential(2 * 24 * 3600, len(item)).astype(np.int64)
     first = np.cumsum(lengths) - lengths
     since = np.cumsum(gaps)
@@ -136,15 +134,15 @@ class _World:
         centres = rng.normal(size=(categories, _LATENT))
         self.vectors = (centres[self.category] + rng.normal(size=(items, _LATENT))) / 2  # [N, d]
         self.titles, self.labels = _titles(rng, self.category)
+        self.popular = _cumulative(self.popularity)  # [N + 1]
         # A power of popularity below one: rare items are met through what goes with them.
         each = np.repeat(self.category[:, None], _SUCCESSORS, axis=1)
-        self.successors = self.draw(rng, each, self.popularity**_PULL)  # [N, S]
+        self.successors = self.draw(rng, each, _cumulative(self.popularity**_PULL))  # [N, S]
 
     def draw(
-        self, rng: np.random.Generator, category: NDArray[np.int64], weight: NDArray[np.float64]
+        self, rng: np.random.Generator, category: NDArray[np.int64], cdf: NDArray[np.float64]
     ) -> NDArray[np.int64]:
-        """An item of each given category, by weight."""
-        cdf = np.r_[0.0, np.cumsum(weight)]
+        """An item of each given category, by cumulative weights [N + 1]."""
         low, high = cdf[self.bounds[category]], cdf[self.bounds[category + 1]]
         drawn = np.searchsorted(cdf, low + rng.random(category.shape) * (high - low), "right") - 1
         inside: NDArray[np.int64] = np.clip(
@@ -154,6 +152,10 @@ class _World:
 
     def attributes(self) -> pl.DataFrame:
         return pl.DataFrame({"title": self.titles, "category": self.labels})
+
+
+def _cumulative(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([[0.0], np.cumsum(weight)])
 
 
 def _walk(
@@ -168,8 +170,7 @@ def _walk(
     taste = np.cumsum(_TASTE * own + (1 - _TASTE) * mass / mass.sum(), axis=1)
     taste[:, -1] = 1.0
     latent = rng.normal(size=(users, _LATENT))  # [B, d]
-    walks = np.zeros((users, lengths[0]), dtype=np.int64)  # [B, T]
-    seen = np.zeros((users, len(world.category)), dtype=bool)  # [B, N]
+    walks = np.zeros((users, lengths[0]), dtype=np.int32)  # [B, T]
     with np.errstate(divide="ignore"):
         strength = np.arange(_SUCCESSORS, 0, -1)
         edges = np.log(strength / strength.sum())  # [S]
@@ -182,7 +183,7 @@ def _walk(
         active = int(np.searchsorted(-lengths, -step))  # users with lengths > step
         rows = np.arange(active)
         draws = rng.random((active, _DRAWS, 1)) > taste[:active, None, :]
-        candidates = world.draw(rng, draws.sum(axis=2), world.popularity)  # [b, R]
+        candidates = world.draw(rng, draws.sum(axis=2), world.popular)  # [b, R]
         score = np.broadcast_to(prior[-_DRAWS:], candidates.shape)
         if step:
             before = walks[:active, max(step - 2, 0)]
@@ -190,11 +191,12 @@ def _walk(
             candidates = np.concatenate([*followed, candidates], axis=1)  # [b, K]
             score = np.broadcast_to(prior, candidates.shape)
         liking = np.einsum("bkd,bd->bk", world.vectors[candidates], latent[:active])
-        score = score + _LIKING * liking - 1e6 * seen[rows[:, None], candidates]
+        # against the walks so far, not a mask over the items: memory does not depend on these
+        taken = (walks[:active, :step, None] == candidates[:, None, :]).any(axis=1)  # [b, K]
+        score = score + _LIKING * liking - 1e6 * taken
         score += rng.gumbel(size=score.shape)
         chosen = candidates[rows, np.argmax(score, axis=1)]
         walks[:active, step] = chosen
-        seen[rows, chosen] = True
     back = np.argsort(longest_first)
     real = np.arange(walks.shape[1]) < lengths[:, None]
     return walks[back][real[back]]

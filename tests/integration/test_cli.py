@@ -528,6 +528,22 @@ def test_compare_writes_table_json_and_plot(cli, world, tmp_path):
     assert "rare taste" in printed.out
 
 
+def test_compare_learns_steering_first(cli, world, tmp_path):
+    command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
+    options = ("-o", tmp_path / "c", "--bootstrap", 10, "--pool", 40, "--json")
+    found = cli(*command, *options, "--methods", "popsteer,learned").json
+    learned = found["methods"][1]
+    assert learned["fit_seconds"] > found["methods"][0]["fit_seconds"]
+    assert [round(19 * setting["value"]) for setting in learned["settings"]] == list(range(20))
+    assert learned["settings"][0]["test"] == found["base"]["test"]
+    assert learned["description"]["learning"]["objective"] == "even"
+    assert learned["description"]["learning"]["training"]["seed"] == 0
+    base = found["base"]["valid"]
+    for setting in (s for s in learned["settings"] if s["value"] in (0.0, 1.0)):  # the guard
+        assert setting["valid"]["ndcg@10"] >= 0.9 * base["ndcg@10"]
+    assert learned["rows"][-1]["metrics"]["gini@10"] <= found["base"]["test"]["gini@10"]
+
+
 def test_compare_refuses_what_it_does_not_know(cli, world, tmp_path):
     command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
     unknown = cli(*command, "-o", tmp_path / "c", "--methods", "popster")

@@ -78,7 +78,7 @@ def test_reliability_and_a_least_activity():
     active[10:60] = 0.2
     given = table(causal_active=active)
     study = attribution_study(given, least_active=0.05, replicates=10)
-    assert study.neurons == 50
+    assert (study.neurons, study.least_active) == (50, 0.05)
     variance = given["causal_effect"].numpy()[10:60].var()
     assert study.reliability == pytest.approx(1 - 0.25 / variance)
     with pytest.raises(ArtifactError, match=r"0 neurons .* in more than 50\.00% of the users; exp"):

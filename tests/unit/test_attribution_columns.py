@@ -16,6 +16,7 @@ from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
 from steerrec.errors import ArtifactError, DataError, SiteError
 from steerrec.item_properties import item_values
+from steerrec.operations import LatentSteering
 from steerrec.profiles import Contrast, popularity_contrast, users_by_taste
 from steerrec.sites import Site
 from steerrec.steering import Steering
@@ -186,3 +187,28 @@ def test_the_popsteer_rule_keeps_to_cohens_d_unless_told_otherwise():
     # auroc is neutral at one half
     same = replace(table, columns={**table.columns, "auroc": table["logit_attribution"] + 0.5})
     torch.testing.assert_close(Steering.popsteer(same, by="auroc").shift, other.shift)
+
+
+def test_latents_scaled_by_a_column():
+    table = added()
+    recipe = LatentSteering.from_column(table, strength=0.5)
+    expected = (-0.5 * table["logit_attribution"].double()).exp()
+    torch.testing.assert_close(recipe.gain, expected.float())
+    assert recipe.provenance["by"] == "logit_attribution"
+    x = collect_user_vectors(REC, TRAIN)
+    latents = SAE.encode(x).dense(12)
+    moved = x + (latents * (recipe.gain - 1)) @ SAE.W_dec
+    torch.testing.assert_close(recipe.transform(SAE)(x), moved)
+    still = LatentSteering.from_column(table, by="auroc", strength=0.0)
+    assert torch.equal(still.transform(SAE)(x), x)
+
+
+@pytest.mark.parametrize("strength", [2.0, -2.0])
+def test_scaling_by_direct_logits_moves_scores_along_popularity_in_every_user(strength):
+    """Down for all, or up for all, since each latent moves them that way."""
+    values = torch.from_numpy(item_values(POPULARITY, REC.catalogue).values)
+    x = collect_user_vectors(REC, TRAIN)
+    recipe = LatentSteering.from_column(added(), strength=strength)
+    change = REC.item_head.scores(recipe.transform(SAE)(x)) - REC.item_head.scores(x)
+    along = change.double() @ (values - values.mean())  # [U]
+    assert bool((along * strength < 0).all())

@@ -7,43 +7,30 @@ import pytest
 import torch
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Histories, leave_one_out
+from steerrec.data import Histories
 from steerrec.errors import ArtifactError, TrainingError
-from steerrec.evaluation import evaluate
+from steerrec.evaluation import capture_held_out, evaluate, measure, rank
+from steerrec.explaining import neuron_effects, strongest_alone
 from steerrec.learning import SteeringTraining, latest_states, learn_steering, temperature
-from steerrec.objectives import Objective, more_tail
+from steerrec.objectives import Objective, group_shares, more_tail
 from steerrec.steering import SteerTransform
 
-from .tiny import TinyRecommender
-
-ITEMS, WIDTH = 60, 8
-QUICK = SteeringTraining(steps=40, users=256, learning_rate=0.05)
+from .learning_cases import QUICK, WIDTH, popular_model, small_sae, tasteful_split
 
 
 @pytest.fixture(scope="module")
 def rec():
-    """A model that pushes its popular items: one direction of the scores is popularity."""
-    generator = torch.Generator().manual_seed(0)
-    taste = torch.randn(ITEMS, WIDTH, generator=generator)
-    popular = torch.linspace(1.5, -1.5, ITEMS)
-    embedding, matrix = taste.clone(), taste.clone()
-    embedding[:, 0], matrix[:, 0] = 1.0, popular
-    counts = (1000 / (1 + torch.arange(ITEMS))).int().tolist()
-    return TinyRecommender(embedding, matrix, counts)
+    return popular_model()
 
 
 @pytest.fixture(scope="module")
 def split():
-    """Half of each history is of one taste, drawn with popular items first."""
-    rng = np.random.default_rng(0)
-    weights = 1 / (1 + np.arange(ITEMS))
-    users = [rng.choice(ITEMS, 6, p=weights / weights.sum()).tolist() for _ in range(300)]
-    return leave_one_out(Histories.from_lists(users), num_items=ITEMS)
+    return tasteful_split()
 
 
 @pytest.fixture(scope="module")
 def sae():
-    return SparseAutoencoder(WIDTH, 32, k=4, generator=torch.Generator().manual_seed(1))
+    return small_sae()
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +58,30 @@ def test_exposure_is_more_even_within_the_budget(rec, sae, split, learned):
     assert found["ndcg"] == pytest.approx(after["ndcg@5"], abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["popularity", "tail_share"])
+@pytest.mark.parametrize("objective", ["popularity", "tail_share", "ltc"])
 def test_other_objectives(rec, sae, split, objective):
     steering = learn_steering(rec, sae, split, objective=objective, budget=0.2, k=5, training=QUICK)
     before, after = (measured(rec, sae, split, recipe) for recipe in (None, steering))
-    key, sign = {"popularity": ("arp@5", 1), "tail_share": ("tail_share@5", -1)}[objective]
+    signs = {"popularity": ("arp@5", 1), "tail_share": ("tail_share@5", -1), "ltc": ("ltc@5", -1)}
+    key, sign = signs[objective]
     assert sign * after[key] < sign * before[key]
     assert steering.name == f"learned-{objective}"
+
+
+def test_exposure_of_groups_comes_nearer_to_the_shares_that_are_wanted(rec, sae, split):
+    labels = torch.arange(rec.catalogue.counts.size) % 3
+    objective = group_shares(labels, torch.tensor([0.6, 0.2, 0.2]))
+    steering = learn_steering(rec, sae, split, objective=objective, budget=0.3, k=5, training=QUICK)
+    users = capture_held_out(rec, split, "valid")
+    before, after = (
+        objective.value(
+            torch.bincount(rank(rec, users, k=5, transform=t).ids.flatten(), minlength=60)
+        )
+        for t in (None, SteerTransform(sae, steering))
+    )
+    assert steering.alpha > 0
+    assert after < before - 0.01
+    assert steering.provenance["objective"] == "group_shares"
 
 
 # --- the guard
@@ -154,6 +158,50 @@ def test_l1_takes_neurons_out_entirely(rec, sae, split, learned):
     assert len(steering.neurons) < len(learned.neurons)
     stuck = SteeringTraining(**{**vars(QUICK), "l1": 2.0})  # harder than anything can grow
     assert len(learn_steering(rec, sae, split, budget=0.2, k=5, training=stuck).neurons) == 0
+
+
+# --- what it does if only some neurons are used
+
+
+def test_the_strongest_alone_are_the_recipe_without_the_others(rec, sae, split, learned):
+    users = capture_held_out(rec, split, "test")
+    found = strongest_alone(learned, sae, rec, users, counts=(0, 3, 99), k=5)
+    effects = neuron_effects(learned, sae, rec.item_head, users.vectors, neurons=32, items=2)
+    assert [part.neurons for part in found] == [0, 3, len(effects)]
+    first = torch.tensor([effect.neuron for effect in effects[:3]])
+    alone = SteerTransform(sae, learned.only(first))
+    want = measure(rec, users, k=5, transform=alone).metrics
+    assert found[1].metrics == pytest.approx(want, nan_ok=True)
+    assert found[1].share == pytest.approx(sum(effect.share for effect in effects[:3]))
+    whole = measure(rec, users, k=5, transform=SteerTransform(sae, learned)).metrics
+    assert found[2].metrics == pytest.approx(whole, nan_ok=True)
+    assert found[2].share == pytest.approx(1.0)
+
+    def constant_alone(x):
+        return x + learned.alpha * learned.constant
+
+    none = measure(rec, users, k=5, transform=constant_alone).metrics
+    assert found[0].metrics == pytest.approx(none, nan_ok=True)
+    assert found[0].share == 0.0
+
+
+def test_a_neuron_raises_the_items_that_it_is_said_to_raise(rec, sae, split, learned):
+    """In users in whom it is active, against the same recipe without it."""
+    users = capture_held_out(rec, split, "test")
+    effect = neuron_effects(learned, sae, rec.item_head, users.vectors, neurons=1, items=3)[0]
+    others = learned.neurons[learned.neurons != effect.neuron]
+    with torch.no_grad():
+        whole, rest = (
+            recipe.transform(sae)(users.vectors) for recipe in (learned, learned.only(others))
+        )
+        change = rec.item_head.scores(whole) - rec.item_head.scores(rest)  # [U, N]
+        values, indices = sae.encode(users.vectors)
+    active = ((indices == effect.neuron) & (values > 0)).any(dim=1)
+    assert float(active.double().mean()) == pytest.approx(effect.firing_rate)
+    assert bool((change[~active].abs() < 1e-6).all())
+    assert set(effect.raises.tolist()) == set(change[active][0].topk(3).indices.tolist())
+    assert bool((change[active][:, effect.raises] > 0).all())
+    assert bool((change[active][:, effect.lowers] < 0).all())
 
 
 # --- parts

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from steerrec import sae_steps
+from steerrec import sae_rules
 from steerrec.activations import ActivationShards
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.errors import TrainingError
-from steerrec.sae_steps import by_torch, rule_of, step
+from steerrec.sae_rules import rule_of
+from steerrec.sae_steps import by_torch, step
 from steerrec.thresholds import largest_so_far
 from steerrec.training import SAETraining, reconstruction_report, train_autoencoder
 
@@ -68,7 +69,7 @@ def test_without_loops_torch_finds_the_same_entries(architecture, monkeypatch):
     z = sae.pre_acts(x).detach()
     ours = rule.entries(z)
     ours = type(ours)(*(tensor.clone() for tensor in ours))
-    monkeypatch.setattr(sae_steps, "jump_kernels", lambda: None)
+    monkeypatch.setattr(sae_rules, "jump_kernels", lambda: None)
     monkeypatch.setattr("steerrec.selection.kernels", lambda: None)
     theirs = rule.entries(z)
 
