@@ -142,6 +142,7 @@ class _Actor:
 def _imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or some come after stdout is itself again
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 are few on a busy machine
     # A cluster on this machine has no GPU of its own unless it is asked for.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
