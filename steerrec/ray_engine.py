@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ class RayEngine:
         if not blocks:
             return
         ray = _imported()
-        with self._cluster(ray):
+        with redirect_stdout(sys.stderr), self._cluster(ray):  # what Ray prints of dead workers
             cpus = int(ray.cluster_resources().get("CPU", 0))
             workers = min(self.workers or max(1, cpus // self.threads), len(blocks))
             if cpus < self.threads:
@@ -103,7 +104,7 @@ class RayEngine:
             options["address"] = self.address
         try:
             ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except Exception as error:  # Ray raises bare ones too
             reason = str(error).strip().split("\n")[0]
             where = "on this machine" if self.address is None else f"at {self.address}"
             raise EngineError(f"no Ray cluster {where}: {reason}") from error
@@ -141,6 +142,7 @@ class _Actor:
 def _imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 are few on a busy machine
     # A cluster on this machine has no GPU of its own unless it is asked for.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

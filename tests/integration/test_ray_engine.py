@@ -5,6 +5,7 @@ the checkout's bare `steerrec/` is no package.
 """
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -103,7 +104,10 @@ def test_a_killed_worker_loses_nothing_and_the_lists_are_those_of_one_process(sc
     (folder / "driver.py").write_text(textwrap.dedent(DRIVER))
     given = json.dumps({"spec": spec.to_dict(), "files": [str(file) for file in files]})
     command = [sys.executable, "-P", str(folder / "driver.py"), given]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    patient = {**os.environ, "RAY_raylet_start_wait_time_s": "240"}  # of a busy machine
+    done = subprocess.run(
+        command, cwd=folder, env=patient, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
 
