@@ -239,26 +239,20 @@ class _Run:
         """The SAE of raw activations, frozen, on the CPU, with thresholds but for topk."""
         weights: dict[str, Tensor] = dict(self.sae.cpu().state_dict())
         if isinstance(self.rule, JumpReLU):
-            weights["threshold"] = self.calibrated(self.rule.log_threshold.detach().exp().cpu())
+            weights["threshold"] = self.rule.log_threshold.detach().exp().cpu()
         elif self.training.architecture == "batchtopk":
-            weights["threshold"] = self.calibrated(torch.ones(self.sae.d_sae))
+            weights["threshold"] = self.common_threshold().expand(self.sae.d_sae).contiguous()
         sae = SparseAutoencoder.from_weights(weights, self.training.k)
         return sae.fold_normalisation(self.mean, self.scale).requires_grad_(False)
 
-    def calibrated(self, thresholds: Tensor) -> Tensor:
-        """Thresholds times the factor at which k latents of a row are active on average, [d_sae].
-
-        Over rows drawn at random.
-        """
+    def common_threshold(self) -> Tensor:
+        """Above it k latents of a row are active on average, over rows drawn at random, []."""
         generator = torch.Generator().manual_seed(self.training.seed + 1)
         x = self.sample(generator, 16_384).cpu()
         count, found = self.training.k * len(x), None
         for part in x.split(1024):
-            found = largest_so_far(self.sae.pre_acts(part) / thresholds, count, found)
-        enough = found is not None and len(found) == count
-        return (
-            thresholds * found[0] if found is not None and enough else torch.zeros_like(thresholds)
-        )
+            found = largest_so_far(self.sae.pre_acts(part), count, found)
+        return x.new_zeros(()) if found is None or len(found) < count else found[0]
 
     def sample(self, generator: torch.Generator, rows_at_most: int = 4096) -> Tensor:
         """Some of the rows as they are trained on, [R, H]."""
