@@ -16,7 +16,7 @@ SOURCES := steerrec adapters cli
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all benchmark sae-libraries lint types format clean distclean FORCE
+.PHONY: help install demo test test-all benchmark sae-lens lint types format clean distclean FORCE
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,10 +36,10 @@ benchmark: $(VENV)/installed ## timings (tests/benchmarks)
 	$(RUN) -m pytest -m "" --benchmark-only tests/benchmarks
 
 # sae-lens brings about 120 packages, some older than ours: an environment of its own, outside `make test`.
-sae-libraries: ## SAEs against sae-lens, sparsify and dictionary_learning (sets up .venv-sae; large)
+sae-lens: ## what we write and how fast we train, against sae-lens itself (sets up .venv-sae; large)
 	test -d .venv-sae || "$(PYTHON)" -m venv .venv-sae
-	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" \
-		"dictionary-learning==0.1.0" "eai-sparsify==1.3.3" pytest pytest-timeout pytest-benchmark sybil .
+	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" pytest pytest-timeout \
+		pytest-benchmark sybil .
 	PYTHONSAFEPATH=1 .venv-sae/bin/python -m pytest -m "" tests/optional/test_sae_libraries.py \
 		tests/benchmarks/test_sae_training.py
 

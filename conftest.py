@@ -7,8 +7,9 @@ how a block is checked:
 ``python``
     executed, after the blocks before it
 ``bash``
-    `steerrec` lines are run in this process and must exit with 0; the targets of `make` lines must
-    exist; the few other commands of `_LET_BE` are not run, and no more are allowed
+    `steerrec` lines, also as `torchrun … -m steerrec.cli`, are run in this process and must exit
+    with 0; the targets of `make` lines must exist; the few other commands of `_LET_BE` are not run,
+    and no more are allowed
 ``bash fails``
     `steerrec` lines must end in an error of steerrec's own
 ``bash not-run``
@@ -118,6 +119,8 @@ def _commands(example: Example) -> Iterator[list[str]]:
     """The `steerrec` command lines of a block as arguments; its other lines are dealt with here."""
     for line in example.parsed.replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(line, comments=True) or [""]
+        if program == "torchrun" and "steerrec.cli" in arguments:
+            program, arguments = "steerrec", arguments[arguments.index("steerrec.cli") + 1 :]
         if program == "steerrec":
             yield arguments
         elif program == "make":

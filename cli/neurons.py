@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
     from steerrec.neurons import AttributeNote, ItemNote, NeuronDescription, NeuronDescriptions
 
-Contrast = Annotated[str, typer.Option("--contrast", help="Which table.")]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -29,7 +28,7 @@ def neurons(
     data: Data = None,
     model: opt.ModelOption = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Neurons to show.")] = 20,
-    contrast: Contrast = "popularity",
+    contrast: opt.ContrastName = "popularity",
     by: Annotated[
         str | None, typer.Option("--by", help="Column of the table that says which are strongest.")
     ] = None,
@@ -52,6 +51,7 @@ def neurons(
             {
                 "contrast": dict(found.contrast),
                 "protocol": dict(found.protocol),
+                "by": by or found.ranking,
                 "neurons": [each.to_dict() for each in chosen],
             }
         )
@@ -83,7 +83,7 @@ def neuron(
     number: Annotated[int, typer.Argument(metavar="ID", help="Its number.", show_default=False)],
     data: Data = None,
     model: opt.ModelOption = None,
-    contrast: Contrast = "popularity",
+    contrast: opt.ContrastName = "popularity",
     site: opt.SiteName = None,
     item_map: opt.ItemMap = None,
     device: opt.Device = "cpu",
@@ -154,6 +154,7 @@ def _opened(
     """What ARTIFACT holds of its neurons; found out first if there is data."""
     from steerrec.artifacts import load_artifact, load_descriptions
     from steerrec.cli.report import descriptions
+    from steerrec.contrasts import contrast_name
     from steerrec.errors import ArtifactError
 
     if data is not None:
@@ -169,10 +170,11 @@ def _opened(
         here = opened.at(site)
         here.sae.to(device)
         train = opt.split_for(rec, interactions).train
-        return descriptions(artifact, rec, here, train, contrast)
+        catalogue = opt.catalogue_for(rec, interactions)
+        return descriptions(artifact, rec, here, train, contrast_name(contrast), catalogue)
     found = None
     here = load_artifact(artifact, **opt.hub_options(revision)).at(site)
-    table: AttributionTable = here.table(contrast)
+    table: AttributionTable = here.table(contrast_name(contrast))
     if not opt.is_on_hub(artifact):
         found = load_descriptions(artifact, here.site, table)
     if found is None:

@@ -12,7 +12,7 @@ from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.artifact_site import SiteArtifact
-    from steerrec.data import Histories
+    from steerrec.data import Catalogue, Histories
     from steerrec.neurons import NeuronDescriptions
     from steerrec.recommender import Recommender
 
@@ -25,7 +25,7 @@ def report(
         "report.html"
     ),
     title: Annotated[str | None, typer.Option("--title", help="What the page is called.")] = None,
-    contrast: Annotated[str, typer.Option("--contrast", help="Which table.")] = "popularity",
+    contrast: opt.ContrastName = "popularity",
     users: Annotated[int, typer.Option("--users", min=0, help="Real users to show.")] = 12,
     k: opt.K = 10,
     mask_seen: opt.MaskSeen = False,
@@ -48,6 +48,7 @@ def report(
     measured if ARTIFACT holds none (`steer --sweep`; -k and --mask-seen are for this). What
     `compare` recorded there is on the page too.
     """
+    from steerrec.contrasts import contrast_name
     from steerrec.report_page import TITLE, write_report
     from steerrec.reporting import report_data
 
@@ -69,12 +70,14 @@ def report(
     here = opened.at(site)
     here.sae.to(device)
     split = opt.split_for(rec, interactions)
-    found = descriptions(artifact, rec, here, split.train, contrast)
+    name, catalogue = contrast_name(contrast), opt.catalogue_for(rec, interactions)
+    found = descriptions(artifact, rec, here, split.train, name, catalogue)
     gathered = report_data(
         rec,
         here,
         split,
-        contrast=contrast,
+        contrast=name,
+        catalogue=catalogue,
         found=found,
         prepared=opened.data,
         source=name_of(opened.base_model.get("repo_id"), model),
@@ -97,7 +100,12 @@ def name_of(repo_id: str | None, model: str | None) -> str:
 
 
 def descriptions(
-    artifact: str, rec: Recommender, here: SiteArtifact, train: Histories, contrast: str
+    artifact: str,
+    rec: Recommender,
+    here: SiteArtifact,
+    train: Histories,
+    contrast: str,
+    catalogue: Catalogue,
 ) -> NeuronDescriptions:
     """What neurons mean, as ARTIFACT holds it of this data, or found out and kept there."""
     from steerrec.artifacts import load_descriptions, save_descriptions
@@ -107,7 +115,7 @@ def descriptions(
     table = here.table(contrast)
     here_on_disk = not opt.is_on_hub(artifact)
     if here_on_disk:
-        protocol = protocol_of(rec, here.sae, table, train, site=here.site)
+        protocol = protocol_of(rec, here.sae, table, train, site=here.site, catalogue=catalogue)
         try:
             kept = load_descriptions(artifact, here.site, table)
         except ArtifactError as error:
@@ -115,7 +123,7 @@ def descriptions(
             kept = None
         if kept is not None and kept.protocol == protocol:
             return kept
-    found = describe_neurons(rec, here.sae, table, train, site=here.site)
+    found = describe_neurons(rec, here.sae, table, train, site=here.site, catalogue=catalogue)
     if here_on_disk:
         try:
             opt.note(f"{save_descriptions(artifact, here.site, found)} written")

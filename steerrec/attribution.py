@@ -192,6 +192,7 @@ def score_groups(
         batches = length_batches(people.lengths, batch_size)
         for rows in track(batches, f"{label} users", unit="batch"):
             vectors = user_vectors(rec, people.select(rows), site)
+            sae.require_width(vectors)
             some.append(vectors[torch.from_numpy(kept[rows]).to(vectors.device)].float().cpu())
             vectors = vectors.to(sae.W_enc)
             running.update(vectors)

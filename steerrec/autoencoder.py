@@ -175,15 +175,19 @@ class SparseAutoencoder(nn.Module):
 
         `bias` is ``b_enc - b_dec @ W_enc`` where the caller has it already.
         """
+        self.require_width(x)
+        # one matrix product with a fused bias: (x - b_dec) W + b = x W + (b - b_dec W)
+        if bias is None:
+            bias = self.b_enc - self.b_dec @ self.W_enc
+        return torch.addmm(bias, x, self.W_enc)
+
+    def require_width(self, x: Tensor) -> None:
+        """Raise ArtifactError unless vectors `x` [..., d_in] are as wide as the SAE reads them."""
         if x.shape[-1] != self.d_in:
             raise ArtifactError(
                 f"the SAE reads vectors of width {self.d_in}, the site gives {x.shape[-1]}; attach "
                 "it where it was trained, or train one for this site"
             )
-        # one matrix product with a fused bias: (x - b_dec) W + b = x W + (b - b_dec W)
-        if bias is None:
-            bias = self.b_enc - self.b_dec @ self.W_enc
-        return torch.addmm(bias, x, self.W_enc)
 
     def activate(self, pre_acts: Tensor) -> Latents:
         """What is active of pre-activations [B, d_sae].

@@ -7,6 +7,7 @@ Memory is that of a batch and of a few numbers for each neuron; never [users, la
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 from steerrec.activations import digest, length_batches
 from steerrec.attribution import AttributionTable
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Histories
+from steerrec.contrasts import item_contrast
+from steerrec.data import Catalogue, Histories
 from steerrec.enrichment import Enrichment, enriched, item_attributes
-from steerrec.errors import ArtifactError
+from steerrec.errors import ArtifactError, DataError
 from steerrec.neurons import ItemFacts, NeuronDescription, NeuronDescriptions, NeuronFacts
-from steerrec.profiles import popularity_contrast, synthetic_users
+from steerrec.profiles import Contrast, popularity_contrast, synthetic_users
 from steerrec.progress import track
 from steerrec.ranking import top_k
 from steerrec.recommender import ItemHead, Recommender, fingerprint, user_vectors
@@ -48,6 +50,7 @@ def describe_neurons(
     *,
     site: Site | None = None,
     groups: Groups | None = None,
+    catalogue: Catalogue | None = None,
     max_histories: int = 50_000,
     batch_size: int = 256,
 ) -> NeuronDescriptions:
@@ -67,8 +70,10 @@ def describe_neurons(
         Where the SAE is attached; the recommender's own site by default. What a neuron does to
         items is said only there, where scores are computed from its vector.
     groups
-        Users of the two groups of the contrast. By default those of the table are made again for
-        the popularity contrast; for another there are no histograms.
+        Users of the two groups of the contrast. By default those of the table are made again,
+        where it says how; where it does not, there are no histograms.
+    catalogue
+        The recommender's catalogue with more attributes, if the data has some.
     max_histories
         Of more histories than that a sample is looked at, the same each time.
     batch_size
@@ -85,9 +90,12 @@ def describe_neurons(
             "`steerrec score` made with this SAE"
         )
     own = site is None or site == rec.site
-    attributes = item_attributes(rec.catalogue)
-    protocol = protocol_of(rec, sae, table, histories, site=site, max_histories=max_histories)
-    groups = groups or contrast_groups(rec, table, histories)
+    catalogue = catalogue or rec.catalogue
+    attributes = item_attributes(catalogue)
+    protocol = protocol_of(
+        rec, sae, table, histories, site=site, catalogue=catalogue, max_histories=max_histories
+    )
+    groups = groups or contrast_groups(rec, table, histories, catalogue=catalogue)
     people = _sample(histories, max_histories).truncate(rec.max_length)
 
     low, high = _ends(table)
@@ -138,7 +146,7 @@ def describe_neurons(
         columns=dict(table.columns),
         protocol=protocol,
         facts=facts,
-        items=ItemFacts.of(rec.catalogue, attributes, rows),
+        items=ItemFacts.of(catalogue, attributes, rows),
     )
 
 
@@ -163,6 +171,7 @@ def protocol_of(
     histories: Histories,
     *,
     site: Site | None = None,
+    catalogue: Catalogue | None = None,
     max_histories: int = 50_000,
 ) -> dict[str, Any]:
     """What descriptions depend on, JSON-able: equal protocols, equal descriptions."""
@@ -172,6 +181,7 @@ def protocol_of(
         "seed": table.provenance.get("seed"),
         "tested": TESTED,
         "items": len(rec.catalogue),
+        "columns": (catalogue or rec.catalogue).frame.columns,
         "site": (site or rec.site).path,
         "contrast": table.name,
         "model_sha256": fingerprint(rec)["model_sha256"],
@@ -188,20 +198,40 @@ def _sha256(*tensors: Tensor) -> str:
     return sha.hexdigest()
 
 
-def contrast_groups(rec: Recommender, table: AttributionTable, train: Histories) -> Groups | None:
+def contrast_groups(
+    rec: Recommender,
+    table: AttributionTable,
+    train: Histories,
+    *,
+    catalogue: Catalogue | None = None,
+) -> Groups | None:
     """The synthetic users that a table was made with; None where that cannot be told from it."""
-    definition, made = table.contrast.get("definition"), table.provenance
-    users, seed = made.get("synthetic_users"), made.get("seed")
-    if not isinstance(definition, dict) or definition.get("kind") != "popularity":
+    users, seed = table.provenance.get("synthetic_users"), table.provenance.get("seed")
+    contrast = _contrast(catalogue or rec.catalogue, table.contrast)
+    if contrast is None or type(users) is not int or type(seed) is not int:
         return None
-    if type(users) is not int or type(seed) is not int:
-        return None
-    contrast = popularity_contrast(rec.catalogue)
     a, b = (
         synthetic_users(train, group, n=users, max_length=rec.max_length, seed=seed)
         for group in (contrast.group_a, contrast.group_b)
     )
     return a, b
+
+
+def _contrast(catalogue: Catalogue, described: Mapping[str, Any]) -> Contrast | None:
+    """The contrast that a table describes, if it can be made of this catalogue alone."""
+    definition = described.get("definition")
+    definition = definition if isinstance(definition, Mapping) else {}
+    text = definition.get("text")
+    if definition.get("kind") == "popularity":
+        return popularity_contrast(catalogue)
+    if not isinstance(text, str) or "items:" in text:  # no file is opened on a table's word
+        return None
+    try:
+        found = item_contrast(catalogue, text)
+    except DataError:
+        return None
+    same = all(found.describe()[group] == described.get(group) for group in ("group_a", "group_b"))
+    return found if same else None
 
 
 def _labels(table: AttributionTable) -> list[str]:
@@ -265,7 +295,9 @@ class _Firing:
         """Add the active latents [B, k] of a batch of users [B]."""
         values, indices = values.float().cpu(), indices.cpu()
         neurons, here = indices.unique(return_inverse=True)
-        dense = values.new_zeros(len(values), len(neurons)).scatter_(1, here, values).T  # [J, B]
+        dense = (
+            values.new_zeros(len(values), len(neurons)).scatter_add_(1, here, values).T
+        )  # [J, B]
         self.count[neurons] += (dense > 0).sum(dim=1)
         self.total[neurons] += dense.double().sum(dim=1)
         known = torch.cat([self.best[neurons], dense], dim=1)

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steerrec.attribution import NEUTRAL, RANKING
 from steerrec.data import Catalogue
 from steerrec.enrichment import GROUP_WORDS, ItemAttributes
 from steerrec.errors import ArtifactError
 
 Evidence = Literal["both", "items", "histories", "none"]
 
-_RANKING = ("grad_attribution", "cohens_d")
 _TELLING = 1.5  # times as often as in the population, for a label to say it
-_NEUTRAL = {"auroc": 0.5}
 LONGEST_TITLE = 120
 _SHOWN_ATTRIBUTES = 6
 
@@ -346,7 +345,7 @@ class NeuronDescriptions:
     @property
     def ranking(self) -> str:
         """The column that neurons are ranked by unless another is named."""
-        return next(column for column in _RANKING if column in self.columns)
+        return next(column for column in RANKING if column in self.columns)
 
     def strongest(self, n: int, by: str | None = None) -> list[int]:
         """The n neurons that are farthest from neutral in a column of the table.
@@ -361,7 +360,7 @@ class NeuronDescriptions:
         by = by or self.ranking
         if by not in self.columns:
             raise ArtifactError(f"no column {by!r}; expected one of {', '.join(self.columns)}")
-        values = self.columns[by] - _NEUTRAL.get(by, 0.0)
+        values = self.columns[by] - NEUTRAL.get(by, 0.0)
         order: list[int] = values.abs().sort(descending=True, stable=True).indices[:n].tolist()
         return order
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from steerrec.artifact_site import SiteArtifact
 from steerrec.attribution import AttributionTable
 from steerrec.card import budget_points
-from steerrec.data import Split
+from steerrec.data import Catalogue, Split
 from steerrec.describing import describe_neurons
 from steerrec.evaluation import capture_held_out, rank, rank_steered
 from steerrec.neurons import NeuronDescriptions
@@ -61,7 +61,7 @@ class ReportData:
     training
         Summary of how the SAE was trained, as the artifact holds it.
     latents, k
-        Of the SAE.
+        Of the SAE; k is None where it has no fixed number of active latents.
     sweep
         The trade-off as `Sweep.to_dict` has it.
     comparison
@@ -101,6 +101,7 @@ def report_data(
     swept: Mapping[str, Any] | None = None,
     prepared: Mapping[str, Any] | None = None,
     source: str | None = None,
+    catalogue: Catalogue | None = None,
     users: int = 12,
     top_k: int = 10,
     mask_seen: bool = False,
@@ -126,6 +127,8 @@ def report_data(
         How the data were read, for the page.
     source
         What the base model is called, for the page.
+    catalogue
+        The recommender's catalogue with more attributes, if the data has some.
     users
         How many users.
     top_k, mask_seen
@@ -134,7 +137,9 @@ def report_data(
     table = here.table(contrast)
     own = here.site == rec.site
     if found is None:
-        found = describe_neurons(rec, here.sae, table, split.train, site=here.site)
+        found = describe_neurons(
+            rec, here.sae, table, split.train, site=here.site, catalogue=catalogue
+        )
     swept = swept or here.results.get("sweep") or {}
     steering = steering_of(swept, here, table) if budget_points(swept) else None
     if steering is None:
@@ -155,7 +160,9 @@ def report_data(
     )
     shown: tuple[SteeredUser, ...] = ()
     if own:
-        shown = describe_users(rec, here.sae, steering, people, count=users, k=k, mask_seen=masked)
+        shown = describe_users(
+            rec, here.sae, steering, people, count=users, k=k, mask_seen=masked, catalogue=catalogue
+        )
     described = rec.describe()
     return ReportData(
         model={
@@ -204,13 +211,16 @@ def steering_of(
         return None
     if type(neurons) is not int or not 0 < neurons <= len(table):
         return None
-    compat = made.get("popsteer_compat") is True
+    compat, by = made.get("popsteer_compat") is True, str(made.get("by", "cohens_d"))
+    if by not in table.columns:
+        return None
     splice: Splice = "reconstruct" if made.get("splice") == "reconstruct" else "delta"
     return Steering.popsteer(
         table,
         neurons=None if neurons == len(table) else neurons,
         splice=None if compat else splice,
         popsteer_compat=compat,
+        by=by,
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.data import Catalogue
 from steerrec.enrichment import ItemAttributes, item_attributes
 from steerrec.evaluation import CapturedUsers, rank
 from steerrec.neurons import ItemFacts, ItemNote
@@ -115,6 +116,7 @@ def describe_users(
     count: int = 12,
     k: int = 10,
     mask_seen: bool = False,
+    catalogue: Catalogue | None = None,
     movers: int = 2,
 ) -> tuple[SteeredUser, ...]:
     """Users of different taste with their lists before and after, from those for popular items on.
@@ -133,6 +135,8 @@ def describe_users(
         How many.
     k, mask_seen
         As for `steerrec.recommend`.
+    catalogue
+        The recommender's catalogue with more attributes, if the data has some.
     movers
         Neurons that are named for each item, at most.
 
@@ -157,9 +161,10 @@ def describe_users(
     after = rank(rec, picked, k=k, mask_seen=mask_seen, transform=transform)
     change = _latent_change(sae, steering, picked.vectors)  # [C, D]
 
-    attributes = item_attributes(rec.catalogue)
+    catalogue = catalogue or rec.catalogue
+    attributes = item_attributes(catalogue)
     spoken = [picked.histories.items, before.ids.numpy().ravel(), after.ids.numpy().ravel()]
-    facts = ItemFacts.of(rec.catalogue, attributes, np.concatenate(spoken))
+    facts = ItemFacts.of(catalogue, attributes, np.concatenate(spoken))
     order = tastes.argsort(kind="stable").argsort(kind="stable") / max(len(tastes) - 1, 1)
     found = []
     for place, user in enumerate(chosen.tolist()):

@@ -341,7 +341,8 @@ def test_an_artifact_without_a_table(refuse, world, artifact):
 
 def test_a_contrast_that_does_not_exist(refuse, world):
     score = ("score", world.artifact, "--model", world.model, "--data", world.data)
-    assert "unknown contrast 'price'" in refuse(*score, "--contrast", "price")
+    complaint = "'price' in contrast 'price' is no group of items; expected popularity, COLUMN="
+    assert complaint in refuse(*score, "--contrast", "price")
     complaint = "no attribution table for contrast 'price' (there: popularity)"
     assert complaint in refuse(*world.steer, "--contrast", "price")
 

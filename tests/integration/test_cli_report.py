@@ -62,7 +62,10 @@ def test_neurons_are_listed_without_model_and_data(made):
     assert "strongest of 64 neurons by" in shown.out
     found = steerrec("neurons", made / "artifact", "--top", 5, "--json").json
     assert len(found["neurons"]) == 5
-    d = [abs(each["numbers"]["cohens_d"]) for each in found["neurons"]]
+    strengths = [abs(each["numbers"][found["by"]]) for each in found["neurons"]]
+    assert strengths == sorted(strengths, reverse=True)
+    by_d = steerrec("neurons", made / "artifact", "--by", "cohens_d", "--json").json["neurons"]
+    d = [abs(each["numbers"]["cohens_d"]) for each in by_d]
     assert d == sorted(d, reverse=True)
     for each in found["neurons"]:
         assert str(each["neuron"]) in shown.out

@@ -176,7 +176,7 @@ def test_recipes_are_saved_here(cli, world):
     steer = ("steer", "acme/popsteer", "--data", world.data, "--save", "mine")
     refused = cli(*steer)
     assert refused.code == 1
-    assert "--save writes a recipe into it: get it with `steerrec pull" in refused.err
+    assert "--save and --learn write a recipe into it: get it with `steerrec pull" in refused.err
 
 
 def test_offline(cli, shared, world, monkeypatch):

@@ -1,12 +1,13 @@
 """SAEs between steerrec and the libraries themselves, each where it is installed.
 
 No part of `make test`: sae-lens brings about 120 packages, and all need much that steerrec does
-not. An environment of their own, with steerrec in it:
+not. sae-lens in an environment of its own, with steerrec in it:
 
-    python -m venv sae-libraries
-    sae-libraries/bin/pip install sae-lens==6.54.12 torch==2.13.0 pytest pytest-timeout sybil .
-    sae-libraries/bin/pip install eai-sparsify==1.3.3 dictionary-learning==0.1.0
-    PYTHONSAFEPATH=1 sae-libraries/bin/python -m pytest tests/optional/test_sae_libraries.py
+    make sae-lens
+
+The others want torchvision, and a torch of its build; in an environment without sae-lens:
+
+    pip install eai-sparsify==1.3.3 dictionary-learning==0.1.0 pytest pytest-timeout sybil .
 
 The formulas that test_importing.py writes out are thereby those of the libraries.
 """

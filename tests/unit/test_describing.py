@@ -10,6 +10,7 @@ import torch
 from steerrec.activations import collect_user_vectors
 from steerrec.attribution import AttributionTable, score_neurons
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.contrasts import item_contrast
 from steerrec.data import Catalogue
 from steerrec.describing import BINS, contrast_groups, describe_neuron, describe_neurons
 from steerrec.description_files import description_file, read_descriptions, write_descriptions
@@ -99,6 +100,27 @@ def test_the_groups_of_a_table_are_made_again(world):
     unknown = dataclasses.replace(table, contrast={**table.contrast, "definition": {"kind": "x"}})
     assert contrast_groups(rec, unknown, histories) is None
     assert describe_neurons(rec, sae, unknown, histories)[0].histogram is None
+
+
+def test_the_groups_of_an_attribute_are_made_again_and_no_file_is_opened(world):
+    rec, sae, _table, histories = world
+    contrast = item_contrast(rec.catalogue, "kind=Horror")
+    horror = score_neurons(rec, sae, contrast, histories, users=50, seed=3)
+    groups = contrast_groups(rec, horror, histories)
+    assert set(groups[0].items.tolist()) <= set(range(12))
+    assert set(groups[1].items.tolist()) <= set(range(12, ITEMS))
+    told = describe_neurons(rec, sae, horror, histories)[0].histogram
+    assert sum(told.group_a) == sum(told.group_b) == 50
+
+    def claims(**changes):
+        return dataclasses.replace(horror, contrast={**horror.contrast, **changes})
+
+    files = {"kind": "items", "text": "items:/etc/passwd vs kind=Horror"}
+    assert contrast_groups(rec, claims(definition=files), histories) is None
+    gone = {"kind": "items", "text": "brand=Acme"}
+    assert contrast_groups(rec, claims(definition=gone), histories) is None
+    others = {"label": "Horror", "items": 13}
+    assert contrast_groups(rec, claims(group_a=others), histories) is None
 
 
 def test_like_neurons_have_the_largest_cosines(world, found):

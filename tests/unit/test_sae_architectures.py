@@ -107,7 +107,7 @@ def test_trained_to_the_number_of_latents_asked_for(tmp_path, shards, architectu
     report = reconstruction_report(sae, shards, ActivationShards(shards.folder))
     assert sae.architecture == "jumprelu"
     assert summary["training"]["architecture"] == architecture
-    assert report["l0"] == pytest.approx(3, abs=0.4)
+    assert report["l0"] == pytest.approx(3, abs=0.1 if architecture == "batchtopk" else 1.2)
     assert report["fvu"] < 0.5 * summary["log"][0]["fvu"]
     assert not sae.threshold.requires_grad
     if architecture == "batchtopk":
@@ -150,7 +150,7 @@ def test_a_warm_start_goes_on_from_what_was_learned(tmp_path, shards, architectu
     warm, more = train_autoencoder(shards, again, work=tmp_path / "second", warm_start=sae)
     assert more["log"][0]["fvu"] < 1.3 * summary["log"][-1]["fvu"]
     report = reconstruction_report(warm, shards, ActivationShards(shards.folder))
-    assert report["l0"] == pytest.approx(3, abs=0.8)
+    assert report["l0"] == pytest.approx(3, abs=1.2)
 
 
 def test_a_warm_start_of_an_sae_that_does_not_say_its_k_asks_for_it():

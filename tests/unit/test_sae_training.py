@@ -357,10 +357,10 @@ def test_a_run_that_was_interrupted_ends_in_the_weights_of_one_that_was_not(
     whole, summary = train_autoencoder(shards, TRAINING, work=tmp_path / "whole")
     step, left = module._Run.step, iter(range(steps))
 
-    def interrupted_step(run, x):
+    def interrupted_step(run, *given):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return step(run, x)
+        return step(run, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "step", interrupted_step)
