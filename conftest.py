@@ -61,7 +61,7 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _LINK = re.compile(r"\]\((?!https?:|#)(?P<target>[^)#\s]+)")
-_LET_BE = ("cd ", "export ", "git clone ", "pip install ", "torchrun ", "python tests/benchmarks/")
+_LET_BE = ("cd ", "export ", "git clone ", "pip install ", "python tests/benchmarks/")
 _PRINTED = "_printed"  # by the latest block, in the document's namespace
 
 
