@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
+from steerrec.compiled import kernels
 
 Z_95 = 1.959963984540054
 """The normal quantile of a two-sided interval of 95 %."""
@@ -31,20 +34,28 @@ def auroc(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, floa
     """
     a.sort()
     b.sort()
-    above = _placements(a, b)  # for each of A the share of B below it
-    below = _placements(b, a)
-    variance = _variance(above) / len(a) + _variance(below) / len(b)
-    return float(above.mean()), float(np.sqrt(variance))
+    area, variance_a = _placements(a, b)  # of each of A the share of B below it
+    _, variance_b = _placements(b, a)
+    return area, math.sqrt(variance_a / len(a) + variance_b / len(b))
 
 
-def _placements(values: NDArray[np.floating], others: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Share of sorted `others` that is below each value, equal ones counting half."""
-    lower, upper = (others.searchsorted(values, side) for side in ("left", "right"))
-    return (lower + upper) / (2 * len(others))
+def _placements(values: NDArray[np.floating], others: NDArray[np.floating]) -> tuple[float, float]:
+    """Mean and variance (ddof 1) of the share of `others` below each value; both are sorted.
 
+    Equal ones count half.
+    """
+    if kernels() is None:
+        lower, upper = (others.searchsorted(values, side) for side in ("left", "right"))
+        twice = lower + upper
+        total, squares = int(twice.sum()), int((twice * twice).sum())
+    else:
+        from steerrec.separation_kernels import placements
 
-def _variance(values: NDArray[np.float64]) -> float:
-    return float(values.var(ddof=1)) if len(values) > 1 else 0.0
+        total, squares = placements(values, others)
+    n, most = len(values), 2 * len(others)
+    spread = n * squares - total * total  # whole numbers: exactly 0 where all are equal
+    variance = spread / (n * (n - 1) * most**2) if n > 1 else 0.0
+    return total / (n * most), variance
 
 
 @torch.no_grad()

@@ -75,3 +75,13 @@ def test_point_biserial_without_variance_and_without_overlap():
     r, low, high = (float(x) for x in point_biserial(one, zero, zero, zero, 10, 10))
     assert r == 1.0
     assert -1 <= low <= high <= 1
+
+
+def test_the_merge_gives_what_searching_gives(monkeypatch):
+    rng = np.random.default_rng(0)
+    for n_a, n_b in ((50, 30), (1, 7), (7, 1)):
+        a, b = (rng.integers(0, 12, n).astype(np.float32) for n in (n_a, n_b))  # many ties
+        merged = auroc(a.copy(), b.copy())
+        with monkeypatch.context() as patch:
+            patch.setattr("steerrec.separation.kernels", lambda: None)
+            assert auroc(a.copy(), b.copy()) == merged
