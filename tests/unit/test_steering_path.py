@@ -46,10 +46,13 @@ def compared(rec, sae, split, path):
 
 
 def constants(*values):
-    """A path of recipes that add a constant to everyone."""
-    none = torch.zeros(3, 2)
+    """A path of recipes that add a constant to everyone, and twice as much for each neuron."""
     recipes = [
-        ResponseSteering(none, torch.tensor([v, -v]), provenance={"price": v, "rule": "learned"})
+        ResponseSteering(
+            torch.full((3, 2), 2 * v),
+            torch.tensor([v, -v]),
+            provenance={"price": v, "rule": "learned"},
+        )
         for v in values
     ]
     return SteeringPath(tuple(recipes))
@@ -63,6 +66,7 @@ def test_positions_by_hand():
     for position, want in ((0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 2.5), (1, 4.0)):
         recipe = path.at(position)
         assert recipe.constant.tolist() == [want, -want]
+        assert recipe.vectors.tolist() == [[2 * want, 2 * want]] * 3
         assert recipe.provenance["price"] == want
     assert constants(2.0).at(0.7).constant.tolist() == [2.0, -2.0]
 
