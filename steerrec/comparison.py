@@ -166,6 +166,9 @@ def compare(
         result, samples = results[name]
         rows = tuple(_paired(row, samples, own, name == reference) for row in result.rows)
         seconds = (fit_seconds or {}).get(name)
+        learning = getattr(getattr(methods[name], "transform", None), "seconds", 0.0)
+        if learning:  # some are made for the users that they are given
+            seconds = (seconds or 0.0) + learning
         finished.append(replace(result, rows=rows, fit_seconds=seconds))
     per_user = 1000 * ranking / max(len(parts["test"].users.histories), 1)
     return Comparison(protocol, base, tuple(finished), per_user)

@@ -1,4 +1,4 @@
-"""Whether the loops of `kernels` and `jump_kernels` may stand in for torch, and their arrays."""
+"""Whether compiled loops (`kernels` and the like) may stand in for torch, and their arrays."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def kernels() -> ModuleType | None:
 def jump_kernels() -> ModuleType | None:
     """The compiled loops over what is above thresholds, or None, as above."""
     return None if kernels() is None else _loops("steerrec.jump_kernels")
+
+
+@cache
+def served_kernels() -> ModuleType | None:
+    """The compiled loops of learning for the users who are served, or None, as above."""
+    return None if kernels() is None else _loops("steerrec.served_kernels")
 
 
 def _loops(name: str) -> ModuleType | None:

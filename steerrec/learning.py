@@ -177,11 +177,7 @@ def _prepared(
             f"{training.neurons} neurons asked for; this SAE has {sae.d_sae}, and at least 1 is "
             "needed"
         )
-    if sae.d_in != rec.item_head.width:
-        raise ArtifactError(
-            f"the SAE reads vectors of width {sae.d_in}, the item head {rec.item_head.width}; "
-            "learned steering needs an SAE of the vector that the scores are computed from"
-        )
+    require_scored_vector(rec, sae)
     if not isinstance(objective, str):
         return objective
     counts, groups = split.counts.copy(), rec.catalogue.groups.labels.copy()
@@ -189,6 +185,15 @@ def _prepared(
     return named_objective(
         objective, torch.from_numpy(counts), torch.from_numpy(groups), users=users
     )
+
+
+def require_scored_vector(rec: Recommender, sae: SparseAutoencoder) -> None:
+    """Raise ArtifactError unless the SAE can be one of the vector that is scored."""
+    if sae.d_in != rec.item_head.width:
+        raise ArtifactError(
+            f"the SAE reads vectors of width {sae.d_in}, the item head {rec.item_head.width}; "
+            "learned steering needs an SAE of the vector that the scores are computed from"
+        )
 
 
 def _record(
