@@ -166,7 +166,7 @@ def test_seen_items_get_no_slot_and_pull_nobody(without_loops, monkeypatch):
 def test_prices_grow_evenly_from_the_identity_to_the_last(path):
     assert not bool(path.recipes[0].vectors.any())
     prices = [recipe.provenance["price"] for recipe in path.recipes]
-    assert prices == pytest.approx([i for i in range(7)])
+    assert prices == pytest.approx(list(range(7)))
     assert path.at(0.5).provenance["price"] == pytest.approx(3.0)
     assert path.recipes[-1].provenance["learned_on"] == "served"
     assert not any(bool(recipe.constant.any()) for recipe in path.recipes)
@@ -187,9 +187,7 @@ def test_more_of_the_catalogue_is_covered_than_by_a_path_of_other_users(rec, sae
     other = capture_held_out(rec, split, "valid").vectors.flip(1)
     reached = []
     for vectors in (users.vectors, other):
-        path = learn_served_path(
-            rec.item_head, sae, vectors, goal, price=6.0, k=K, training=QUICK
-        )
+        path = learn_served_path(rec.item_head, sae, vectors, goal, price=6.0, k=K, training=QUICK)
         transform = path.recipes[-1].transform(sae)
         reached.append(measure(rec, users, k=K, transform=transform).metrics["coverage@5"])
     assert reached[0] > reached[1]
