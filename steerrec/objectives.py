@@ -207,7 +207,7 @@ def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) ->
         "broad": lambda: weighted(
             "broad",
             [
-                (1.0, tail_coverage(groups, users)),
+                (BROAD, tail_coverage(groups, users)),
                 (BROAD, coverage(len(counts), users)),
                 (EVEN, exposure_entropy(users)),
             ],
@@ -224,7 +224,7 @@ EVEN = 0.2
 """Weight of the entropy of exposure beside the coverage of the tail in `even` and `broad`."""
 
 BROAD = 0.5
-"""Weight of the coverage of all items beside that of the tail in the objective `broad`."""
+"""Weight of the coverage of the tail, and again of all items, in the objective `broad`."""
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ def test_coverage_and_broad_prices_by_hand():
     one = {name: named_objective(name, counts, groups, users=10) for name in ("ltc", "entropy")}
     broad = named_objective("broad", counts, groups, users=10)
     mixed = (
-        one["ltc"].prices(exposure).double()
+        0.5 * one["ltc"].prices(exposure).double()
         + 0.5 * coverage(3, 10).prices(exposure).double()
         + 0.2 * one["entropy"].prices(exposure).double()
     )
