@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from steerrec.learning import SteeringTraining as SteeringTraining
     from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
+    from steerrec.served_fitting import ServedTraining as ServedTraining
+    from steerrec.served_learning import learn_for_users as learn_for_users
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.neurons import NeuronDescription as NeuronDescription
     from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
@@ -139,6 +141,7 @@ _HOME = {
     "SteerTransform": "steering",
     "Steering": "steering",
     "SteeringSum": "sums",
+    "ServedTraining": "served_fitting",
     "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
@@ -173,6 +176,7 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_for_users": "served_learning",
     "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Split
+from steerrec.data import Histories, Split
 from steerrec.errors import TrainingError
-from steerrec.evaluation import CapturedUsers
+from steerrec.evaluation import CapturedUsers, capture_users
 from steerrec.fitting import SteeringTraining
 from steerrec.learning import LEAST_REACH, PATIENCE, Judge, require_scored_vector
 from steerrec.objectives import Objective
@@ -24,7 +24,7 @@ def learn_for_users(
     rec: Recommender,
     sae: SparseAutoencoder,
     split: Split,
-    users: CapturedUsers,
+    users: Histories | CapturedUsers,
     *,
     objective: str = "broad",
     budget: float = 0.05,
@@ -46,7 +46,7 @@ def learn_for_users(
     split
         Validation users to choose on.
     users
-        Those who are served, from `capture_users`.
+        Histories of those who are served, or from `capture_users` where these are there already.
     objective
         See `objective_of`.
     budget
@@ -66,6 +66,8 @@ def learn_for_users(
         raise TrainingError(f"budget is {budget}; expected a share of nDCG from 0 to below 1")
     require_scored_vector(rec, sae)
     training = training or ServedTraining()
+    if isinstance(users, Histories):
+        users = capture_users(rec, users)
 
     def goal(count: int) -> Objective:
         return objective_of(objective, rec.catalogue, split, users=count)

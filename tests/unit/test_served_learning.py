@@ -264,10 +264,11 @@ def test_a_budget_of_0_is_the_identity(rec, sae, split, users):
 
 def test_whole_histories_and_masked_items(rec, sae, split):
     """What production does: nobody's next item is known."""
-    users = capture_users(rec, split.train)
-    steering = learn_for_users(
-        rec, sae, split, users, objective="gini", budget=0.3, k=K, mask_seen=True, training=QUICK
-    )
+    users, options = capture_users(rec, split.train), {"budget": 0.3, "k": K, "mask_seen": True}
+    options |= {"objective": "gini", "training": QUICK}
+    steering = learn_for_users(rec, sae, split, split.train, **options)
+    again = learn_for_users(rec, sae, split, users, **options)
+    assert torch.equal(again.vectors, steering.vectors)
     assert steering.provenance["mask_seen"] is True
     assert steering.provenance["users"] == len(split.train)
     transform = SteerTransform(sae, steering)
