@@ -65,8 +65,6 @@ if TYPE_CHECKING:
     from steerrec.learning import SteeringTraining as SteeringTraining
     from steerrec.learning import learn_path as learn_path
     from steerrec.learning import learn_steering as learn_steering
-    from steerrec.served_fitting import ServedTraining as ServedTraining
-    from steerrec.served_learning import learn_for_users as learn_for_users
     from steerrec.loading import load_recommender as load_recommender
     from steerrec.neurons import NeuronDescription as NeuronDescription
     from steerrec.neurons import NeuronDescriptions as NeuronDescriptions
@@ -89,6 +87,8 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.served_fitting import ServedTraining as ServedTraining
+    from steerrec.served_learning import learn_for_users as learn_for_users
     from steerrec.serving import RetrievalVectors as RetrievalVectors
     from steerrec.serving import retrieval_vectors as retrieval_vectors
     from steerrec.shares import slot_shares as slot_shares
