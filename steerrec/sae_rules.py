@@ -207,7 +207,7 @@ class JumpReLU(Rule):
     @torch.no_grad()
     def after_step(self, dead: Tensor, active: float) -> None:
         """Move all thresholds together towards k active latents, and lower those of dead ones."""
-        self.log_threshold += _PULL * min(active / self.k - 1, 1.0)
+        self.log_threshold.add_(_PULL * min(active / self.k - 1, 1.0))
         self.log_threshold[dead] -= _FALL
 
 
