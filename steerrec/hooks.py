@@ -115,7 +115,7 @@ class SiteHook:
         mha_fast_path = self._mha_fast_path
         if mha_fast_path is None:
             hooked = [module, *(get_module(model, path) for path in told_at)]
-            mha_fast_path = not any(needs_fast_path_off(get_module(model, ""), m) for m in hooked)
+            mha_fast_path = not needs_fast_path_off(get_module(model, ""), *hooked)
         keep = self._handles.append
         if not mha_fast_path:
             self.fast_path_off = True
