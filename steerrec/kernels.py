@@ -64,12 +64,10 @@ def _lower_bound(values: Floats, k: int) -> Any:
         count = 0
         for i in range(len(values)):
             count += values[i] >= middle
-        if count >= k:
-            low = middle
-            if count <= k + 1:
-                break
-        else:
-            high = middle
+        enough = count >= k
+        low, high = (middle, high) if enough else (low, middle)
+        if enough and count <= k + 1:
+            break
     return low
 
 
@@ -77,62 +75,77 @@ def _lower_bound(values: Floats, k: int) -> Any:
 def _bound(row: Floats, maxima: Floats, k: int) -> Any:
     """A number that at least k entries of a finite row reach, and hardly more.
 
-    It is one that k of the maxima of groups of entries reach.
+    It is one that k of the maxima of groups of entries reach: entry j is in group j % width.
     """
     width = len(maxima)
-    groups = row.reshape(len(row) // width, width)  # entry j is in group j % width
+    rows = len(row) // width
+    groups, rest = row[: rows * width].reshape(rows, width), row[rows * width :]
     for i in range(width):
         maxima[i] = groups[0, i]
-    for g in range(0, len(groups) - 3, 4):  # their number is 1 or a multiple of 4
+    for g in range(0, rows - 3, 4):
         for i in range(width):
             one, other = (
                 max(groups[g, i], groups[g + 1, i]),
                 max(groups[g + 2, i], groups[g + 3, i]),
             )
             maxima[i] = max(maxima[i], max(one, other))
+    for g in range(rows - rows % 4, rows):
+        for i in range(width):
+            maxima[i] = max(maxima[i], groups[g, i])
+    for i in range(len(rest)):
+        maxima[i] = max(maxima[i], rest[i])
     return _lower_bound(maxima, k)
 
 
+# What data decide is decided without branches below: the processor could not foresee them.
+
+
 @_compiled()
-def _list(row: Floats, bound: Any, entries: Floats, indices: Indices) -> int:
-    """The entries that reach `bound`, in order, and how many they are."""
-    found, whole = 0, len(row) - len(row) % LANES
+def _list(row: Floats, bound: Any, room: Any, entries: Floats, indices: Indices) -> int:
+    """The entries that reach `bound`, in order, and how many they are; `room` as of `_room`."""
+    whole, some = len(row) - len(row) % LANES, 0
     for start in range(0, whole, LANES):
         bits = reaching(row, start, bound)
-        while bits != 0:
-            j = start + lowest(bits)
-            bits &= bits - np.uint64(1)
-            entries[found], indices[found] = row[j], j
-            found += 1
+        room[0, some], room[1, some] = bits, start
+        some += bits != 0
+    room[0, some] = 0
+    found = _listed(row, room, entries, indices)
     for j in range(whole, len(row)):
-        if row[j] >= bound:
-            entries[found], indices[found] = row[j], j
-            found += 1
+        entries[found], indices[found] = row[j], j
+        found += row[j] >= bound
     return found
 
 
 @_compiled()
-def _select(
-    row: Floats, guess: Any, maxima: Floats, k: int, entries: Floats, indices: Indices
-) -> None:
-    """The k largest entries of a finite row in the order of the row; of equal ones the first.
-
-    They do not depend on `guess`, a number that at least k and not many more may reach: where that
-    is so it saves looking for one. `entries` and `indices` are as long as the row.
-    """
-    found = _list(row, guess, entries, indices) if guess > -np.inf else 0
-    if not k <= found <= 4 * k:
-        found = _list(row, _bound(row, maxima, k), entries, indices)
-    _keep(entries, indices, found, k)
+def _listed(row: Floats, room: Any, entries: Floats, indices: Indices) -> int:
+    """The entries whose bits are set in `room`: bits and where they start, a column each, 0 last."""
+    found = n = 0
+    bits = room[0, 0]
+    while bits != 0:
+        j = np.int64(room[1, n]) + lowest(bits)
+        entries[found], indices[found] = row[j], j
+        found += 1
+        bits &= bits - np.uint64(1)
+        n += bits == 0
+        bits = room[0, n] if bits == 0 else bits
+    return found
 
 
 @_compiled()
-def _guess(entries: Floats, k: int) -> Any:
-    """What the k largest entries of a row like this one may reach, with some to spare."""
-    low = high = entries[0]
-    for i in range(k):
-        low, high = min(low, entries[i]), max(high, entries[i])
-    return low - np.float32(0.1) * (high - low)
+def _room(width: int) -> Any:
+    return np.empty((2, width // LANES + 1), np.uint64)
+
+
+@_compiled()
+def _select(
+    row: Floats, maxima: Floats, room: Any, k: int, entries: Floats, indices: Indices
+) -> None:
+    """The k largest entries of a finite row in the order of the row; of equal ones the first.
+
+    `entries` and `indices` are one longer than the row.
+    """
+    found = _list(row, _bound(row, maxima, k), room, entries, indices)
+    _keep(entries, indices, found, k)
 
 
 @_compiled()
@@ -149,18 +162,17 @@ def _keep(entries: Floats, indices: Indices, found: int, k: int) -> None:
         reach = 0
         for i in range(found):
             reach += _ordered(bits[i]) >= middle
-        if reach >= k:
-            low, count = middle, reach
-        else:
-            high, above = np.int32(middle - 1), reach
+        enough = reach >= k
+        low, count = (middle, reach) if enough else (low, count)
+        high, above = (high, above) if enough else (np.int32(middle - 1), reach)
     equal = k - above if count > k else count
     kept = 0
     for i in range(found):
         order = _ordered(bits[i])
-        if order > low or (order == low and equal > 0):
-            equal -= order == low
-            entries[kept], indices[kept] = entries[i], indices[i]
-            kept += 1
+        level = (order == low) & (equal > 0)
+        equal -= level
+        entries[kept], indices[kept] = entries[i], indices[i]
+        kept += (order > low) | level
 
 
 @_compiled()
@@ -186,10 +198,8 @@ def _add_rows(out: Floats, vectors: Floats, weights: Floats, indices: Indices, c
 
 @_compiled()
 def _width_of_maxima(width: int, k: int) -> int:
-    for groups in (16, 8, 4):
-        if width % groups == 0 and width // groups >= 4 * k:
-            return width // groups
-    return width
+    """How many groups: enough that few of the k largest share one."""
+    return min(width, max(LANES, 4 * k))
 
 
 @_compiled("boolean(float32[:, ::1], int64, int64[:, ::1])")
@@ -200,13 +210,12 @@ def largest(values: Floats, k: int, indices: Indices) -> bool:
     """
     rows, width = values.shape
     maxima = np.empty(_width_of_maxima(width, k), np.float32)
-    entries, found = np.empty(width, np.float32), np.empty(width, np.int64)
-    guess = -np.float32(np.inf)
+    entries, found = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
+    room = _room(width)
     for r in range(rows):
         if not _is_finite(values[r]):
             return False
-        _select(values[r], guess, maxima, k, entries, found)
-        guess = _guess(entries, k)
+        _select(values[r], maxima, room, k, entries, found)
         for i in range(k):
             indices[r, i] = found[i]
     return True

@@ -1,4 +1,4 @@
-"""What numba has no words for: many comparisons at once as bits, and arrays at an address."""
+"""What numba has no words for: many comparisons at once as bits, and memory at an address."""
 
 from __future__ import annotations
 
@@ -61,6 +61,21 @@ def at_address(_: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch(_: Any, address: Any) -> Any:
+    """Have the memory at an address brought into the cache, without waiting for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        how = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, near, data
+        builder.call(function, [builder.inttoptr(args[0], cgutils.voidptr_t), *how])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
 
 
 def _loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:

@@ -7,6 +7,7 @@ tensor that was exchanged (by moving the module, say) is noticed by its address.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 128
 """On a CPU so many user vectors are steered at once: their pre-activations stay in its cache."""
 
+_FEW = 8
+"""The pre-activations of so few users are in memory that is allocated in no time."""
+_HELD = 4_000_000
+"""A thread keeps at most so many pre-activations: fresh memory costs as much as half of them."""
+_own = threading.local()
 _LARGEST = float(np.finfo(np.float32).max)
 _ADDED, _PLAIN, _REPLACED = range(3)
 
@@ -113,16 +119,22 @@ class Plan:
             vectors = vectors.contiguous()
         batch, width = vectors.shape
         out = torch.empty(len(strengths), batch, width)
+        held = None if batch <= _FEW else _taken(len(self._bias))
         for first in range(0, batch, ROWS_AT_ONCE):
             rows = min(ROWS_AT_ONCE, batch - first)
             part = vectors if rows == batch else vectors[first : first + rows]
-            acts = torch.addmm(self._bias, part, self._encoder)
+            if held is None:
+                acts = torch.addmm(self._bias, part, self._encoder)
+            else:
+                acts = torch.addmm(self._bias, part, self._encoder, out=held[:rows])
             places = acts.data_ptr(), vectors.data_ptr(), out.data_ptr()
             here = strengths
             if strengths.shape[1] > 1:
                 here = np.ascontiguousarray(strengths[:, first : first + rows])
             if not loops.steered(*places, first, rows, batch, here, self._sizes, *self._tables, end):
                 return None
+        if held is not None and held.numel() <= _HELD:
+            _own.acts = held
         if x.dtype is torch.float32:
             return out
         return x + out.to(x.dtype) if end == _PLAIN else out.to(x.dtype)
@@ -132,6 +144,16 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+@torch.inference_mode(False)  # a tensor made under it could not be written to outside
+def _taken(d_sae: int) -> Tensor:
+    """Memory of this thread for pre-activations, which it has not until that is given back."""
+    held: Tensor | None = getattr(_own, "acts", None)
+    _own.acts = None
+    if held is None or held.shape[1] != d_sae:
+        held = torch.empty(ROWS_AT_ONCE, d_sae)
+    return held
 
 
 def planned(transform: SteerTransform, x: Tensor) -> tuple[Plan, Any] | None:

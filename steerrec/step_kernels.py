@@ -15,14 +15,14 @@ from numba import carray
 from steerrec.kernels import (
     Floats,
     Indices,
-    _add_rows,
     _compiled,
-    _guess,
     _is_finite,
+    _listed,
+    _room,
     _select,
     _width_of_maxima,
 )
-from steerrec.lanes import LANES, above, at_address, lowest
+from steerrec.lanes import LANES, above, at_address, fetch
 
 _SHIFT, _RESPONSE = range(2)  # of `terms.TERMS`
 _NUMBER, _NEURON = range(2)  # of `terms.FACTORS`
@@ -33,11 +33,6 @@ _ADDED, _PLAIN, _REPLACED = range(3)
 @_compiled()
 def _vector(address: int, length: int) -> Any:
     return carray(at_address(address), (length,), np.float32)
-
-
-@_compiled()
-def _matrix(address: int, rows: int, width: int) -> Any:
-    return carray(at_address(address), (rows, width), np.float32)
 
 
 @_compiled(fastmath={"reassoc", "contract"})
@@ -60,28 +55,26 @@ def _dot(one: Floats, other: Floats) -> Any:
 
 
 @_compiled()
-def _list_above(row: Floats, floor: Floats, entries: Floats, indices: Indices) -> int:
+def _list_above(row: Floats, floor: Floats, room: Any, entries: Floats, indices: Indices) -> int:
     """The entries above their floors, in order, and how many they are."""
-    found, whole = 0, len(row) - len(row) % LANES
+    whole, some = len(row) - len(row) % LANES, 0
     for start in range(0, whole, LANES):
         bits = above(row, floor, start)
-        while bits != 0:
-            j = start + lowest(bits)
-            bits &= bits - np.uint64(1)
-            entries[found], indices[found] = row[j], j
-            found += 1
+        room[0, some], room[1, some] = bits, start
+        some += bits != 0
+    room[0, some] = 0
+    found = _listed(row, room, entries, indices)
     for j in range(whole, len(row)):
-        if row[j] > floor[j]:
-            entries[found], indices[found] = row[j], j
-            found += 1
+        entries[found], indices[found] = row[j], j
+        found += row[j] > floor[j]
     return found
 
 
 @_compiled()
 def _active(
     row: Floats,
-    guess: Any,
     maxima: Floats,
+    room: Any,
     k: int,
     floor: Floats,
     entries: Floats,
@@ -92,13 +85,12 @@ def _active(
     What is above `floor`, or without one the k largest.
     """
     if len(floor) > 0:
-        return _list_above(row, floor, entries, indices)
-    _select(row, guess, maxima, k, entries, indices)
+        return _list_above(row, floor, room, entries, indices)
+    _select(row, maxima, room, k, entries, indices)
     found = 0
     for i in range(k):
-        if entries[i] > 0:
-            entries[found], indices[found] = entries[i], indices[i]
-            found += 1
+        entries[found], indices[found] = entries[i], indices[i]
+        found += entries[i] > 0
     return found
 
 
@@ -121,16 +113,49 @@ def _factor(
 
 
 @_compiled()
-def _collect(changes: Floats, indices: Indices, count: int, weights: Floats, places: Indices) -> int:
-    """Where `changes` are not 0 among these latents, which are set back to 0."""
-    found = 0
-    for i in range(count):
-        j = indices[i]
-        if changes[j] != 0:
-            weights[found], places[found] = changes[j], j
-            changes[j] = 0
-            found += 1
-    return found
+def _add(pieces: Any, weights: Floats, count: int, weight: Any, address: int, width: int) -> int:
+    """Note down a vector of so many bytes that is to be added, and how many there are then."""
+    pieces[count], weights[count] = address, weight
+    for start in range(0, width, 64):
+        fetch(address + start)
+    return count + 1
+
+
+@_compiled()
+def _add_changes(
+    pieces: Any,
+    weights: Floats,
+    count: int,
+    changes: Floats,
+    indices: Indices,
+    decoder: int,
+    width: int,
+) -> int:
+    """Note down decoder rows of these latents whose `changes` are not 0, which become 0."""
+    for j in indices:
+        _add(pieces, weights, count, changes[j], decoder + j * width, width)
+        count += changes[j] != 0
+        changes[j] = 0
+    return count
+
+
+@_compiled(fastmath={"contract"})
+def _finish(out: Floats, onto: Floats, pieces: Any, weights: Floats, count: int) -> None:
+    """The sum of all that is noted down, added to `onto`."""
+    for t in range(len(out)):
+        out[t] = 0
+    for i in range(0, count - 3, 4):  # four at once: `out` is read and written a fourth as often
+        one, two = _vector(pieces[i], len(out)), _vector(pieces[i + 1], len(out))
+        three, four = _vector(pieces[i + 2], len(out)), _vector(pieces[i + 3], len(out))
+        a, b, c, d = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        for t in range(len(out)):
+            out[t] += (a * one[t] + b * two[t]) + (c * three[t] + d * four[t])
+    for i in range(count - count % 4, count):
+        row, weight = _vector(pieces[i], len(out)), weights[i]
+        for t in range(len(out)):
+            out[t] += weight * row[t]
+    for t in range(len(out)):
+        out[t] += onto[t]
 
 
 @_compiled(
@@ -184,42 +209,35 @@ def steered(
     bool
         False, with nothing of use in the output, if a number on the way is not finite.
     """
-    width, k, batched = sizes[0], sizes[2], strengths.shape[1] > 1
-    decoder, bias = _matrix(sizes[3], width, sizes[1]), _vector(sizes[4], sizes[1])
+    width, size, k, decoder, batched = sizes[0], sizes[1], sizes[2], sizes[3], len(strengths[0]) > 1
+    length = 4 * size  # of a vector, in bytes
     floor = np.empty(width if sizes[5] != 0 else 0, np.float32)
     for j in range(len(floor)):
         floor[j] = max(_vector(sizes[5], width)[j], np.float32(0))
     maxima = np.empty(_width_of_maxima(width, k), np.float32)
-    entries, indices = np.empty(width, np.float32), np.empty(width, np.int64)  # unsteered
-    others, places = np.empty(width, np.float32), np.empty(width, np.int64)  # shifted
-    weights, at = np.empty(width, np.float32), np.empty(width, np.int64)  # of decoder rows
+    bits, one_more = _room(width), width + 1
+    entries, indices = np.empty(one_more, np.float32), np.empty(one_more, np.int64)  # unsteered
+    others, places = np.empty(one_more, np.float32), np.empty(one_more, np.int64)  # shifted
     moved, changes = np.empty(width, np.float32), np.zeros(width, np.float32)
-    values, total = np.empty(len(factors), np.float32), np.empty(sizes[1], np.float32)
-    unknown = -np.float32(np.inf)
-    guess, guesses = unknown, np.full((len(strengths), len(terms)), unknown, np.float32)
+    values, nothing = np.empty(len(factors), np.float32), np.zeros(size, np.float32)
+    most = 1 + width + len(terms) * one_more
+    pieces, weights = np.empty((2, most), np.int64), np.empty((2, most), np.float32)
+    turn, waiting, out, onto = 0, -1, nothing, nothing
     for r in range(rows):
         row, count, known = _vector(acts_at + 4 * r * width, width), 0, False
-        x = _vector(vectors_at + 4 * (first + r) * len(total), len(total))
+        x = _vector(vectors_at + (first + r) * length, size)
         if not _is_finite(row):
             return False
         for a in range(len(strengths)):
-            alpha = strengths[a, r if batched else 0]
-            out = _vector(out_at + 4 * (a * batch + first + r) * len(total), len(total))
-            if alpha == 0 and end != _REPLACED:  # nothing changes, whatever the terms are
-                for t in range(len(total)):
-                    out[t] = x[t] if end == _ADDED else np.float32(0)
-                continue
-            for t in range(len(total)):
-                total[t] = 0
-            if end != _REPLACED and not known:
+            alpha, noted = strengths[a, r if batched else 0], 0
+            notes, by = pieces[turn], weights[turn]
+            if end != _REPLACED and alpha != 0 and not known:
                 known = True
-                count = _active(row, guess, maxima, k, floor, entries, indices)
-                if len(floor) == 0 and count == k:
-                    guess = _guess(entries, k)
+                count = _active(row, maxima, bits, k, floor, entries, indices)
                 for f in range(len(factors)):
                     values[f] = _factor(factors, f, thresholds[f], x, entries, indices, count)
-            pending = False  # whether unsteered latents have changes that are not added yet
-            for n in range(len(terms)):
+            pending = False  # whether unsteered latents have changes that are not noted down yet
+            for n in range(len(terms) if alpha != 0 or end == _REPLACED else 0):
                 strength = alpha
                 for u in range(terms[n, 5], terms[n, 6]):
                     strength *= values[uses[u]]
@@ -228,46 +246,38 @@ def steered(
                 if strength == 0 and end != _REPLACED:
                     continue
                 if terms[n, 0] == _SHIFT:
-                    shift = _vector(terms[n, 1], width)
-                    if not _shift(row, strength, shift, moved):
+                    if not _shift(row, strength, _vector(terms[n, 1], width), moved):
                         return False
-                    likely = guesses[a, n] if guesses[a, n] > unknown else guess
-                    more = _active(moved, likely, maxima, k, floor, others, places)
-                    if len(floor) == 0 and more == k:
-                        guesses[a, n] = _guess(others, k)
+                    more = _active(moved, maxima, bits, k, floor, others, places)
                     for i in range(more):
                         changes[places[i]] += others[i]
                     for i in range(count):
                         changes[indices[i]] -= entries[i]
-                    found = _collect(changes, places, more, weights, at)
-                    _add_rows(total, decoder, weights, at, found)
+                    noted = _add_changes(notes, by, noted, changes, places[:more], decoder, length)
                     pending = True
                 elif terms[n, 0] == _RESPONSE:
-                    vectors = _matrix(terms[n, 1], width, len(total))
-                    constant = _vector(terms[n, 2], len(total))
                     for i in range(count):
-                        weights[i] = strength * entries[i]
-                    _add_rows(total, vectors, weights, indices, count)
-                    for t in range(len(total)):
-                        total[t] += strength * constant[t]
+                        place = terms[n, 1] + indices[i] * length
+                        noted = _add(notes, by, noted, strength * entries[i], place, length)
+                    noted = _add(notes, by, noted, strength, terms[n, 2], length)
                 else:
                     gain, low = _vector(terms[n, 1], width), _vector(terms[n, 2], width)
-                    high, constant = _vector(terms[n, 3], width), _vector(terms[n, 4], len(total))
+                    high = _vector(terms[n, 3], width)
                     for i in range(count):
                         j, value = indices[i], entries[i]
                         changed = min(max(gain[j] * value, low[j]), high[j])
                         changes[j] += strength * (changed - value - low[j])
-                    for t in range(len(total)):
-                        total[t] += strength * constant[t]
+                    noted = _add(notes, by, noted, strength, terms[n, 4], length)
                     pending = True
             if pending:
-                found = _collect(changes, indices, count, weights, at)
-                _add_rows(total, decoder, weights, at, found)
-            for t in range(len(total)):
-                if end == _ADDED:
-                    out[t] = x[t] + total[t]
-                elif end == _PLAIN:
-                    out[t] = total[t]
-                else:
-                    out[t] = total[t] + bias[t]
+                noted = _add_changes(notes, by, noted, changes, indices[:count], decoder, length)
+            if waiting >= 0:  # what was noted down before has arrived in the cache meanwhile
+                _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
+            turn, waiting = 1 - turn, noted
+            out = _vector(out_at + (a * batch + first + r) * length, size)
+            onto = x if end == _ADDED else nothing
+            if end == _REPLACED:
+                onto = _vector(sizes[4], size)
+    if waiting >= 0:
+        _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
     return True
