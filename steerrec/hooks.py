@@ -34,7 +34,7 @@ class SiteHook:
         Where.
     function
         Called with a `Firing`; returns None to leave the rows as they are, or their replacement
-        [R, H] in the same dtype.
+        [R, H] in the same dtype, a tensor that nobody else needs: the model may write into it.
     mha_fast_path
         False takes torch's fast path for multi-head attention off until `remove`, True leaves it
         alone; by default it is taken off where the site needs that (inside a
@@ -294,6 +294,7 @@ def edit(
     refuse_last(site)
 
     def replace_rows(firing: Firing) -> Tensor | None:
-        return function(firing.rows.clone())
+        new_rows = function(firing.rows.clone())
+        return new_rows.clone() if isinstance(new_rows, Tensor) else new_rows  # it may keep its own
 
     return SiteHook(model, site, replace_rows, mha_fast_path=mha_fast_path)

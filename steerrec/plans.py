@@ -56,6 +56,7 @@ class Plan:
         self._places: list[tuple[dict[str, Any], str]] = []
         sae, replaces, terms = transform.sae, transform.step.replaces, transform.step.terms()
         self.usable = False
+        self._last = 0.0, np.zeros((1, 1), np.float32)
         encoder, bias = self._tensor((sae, "W_enc")), self._tensor((transform, "bias"))
         whole = [self._tensor((sae, "W_dec")), self._tensor((sae, "b_dec"))]
         if sae.threshold is not None:
@@ -102,6 +103,14 @@ class Plan:
     def holds(self) -> bool:
         """Whether all tensors are where they were."""
         return [where[name].data_ptr() for where, name in self._places] == self._addresses
+
+    def strengths_of(self, strength: float) -> np.ndarray:
+        """A strength for all rows as the loop takes it, [1, 1]; the one of last time is kept."""
+        last, array = self._last
+        if strength != last:
+            array = np.array([[strength]], np.float32)
+            self._last = strength, array
+        return array
 
     def wants_gradients(self) -> bool:
         """Whether gradients of a tensor of the recipe are wanted."""
@@ -190,7 +199,7 @@ def steered(transform: SteerTransform, x: Tensor, strength: float | Tensor) -> T
     elif abs(strength) > _LARGEST:
         return None
     else:
-        strengths = np.array([[strength]], np.float32)
+        strengths = found[0].strengths_of(strength)
     plan, loops = found
     out = plan.steered(loops, x, strengths)
     return None if out is None else out[0]

@@ -21,6 +21,8 @@ class Firing:
     ----------
     rows
         The vectors at the site's positions, [R, H]. Not to be written to.
+    own
+        Whether they are in memory of their own, and not in that of the model.
     batch_size
         Number of histories B in this forward.
     call
@@ -37,6 +39,7 @@ class Firing:
     call: int = 0
     tokens: Tensor | None = None
     owners: Tensor | int = 1
+    own: bool = False
 
     def per_row(self, values: Tensor) -> Tensor:
         """`values` [B], one per history, spread over the rows: [R].
@@ -67,8 +70,8 @@ class Place:
     last
         Where there is one row for each history: its position, [B]; a number for all of them.
     items
-        How many real positions each history has, where that is known, [B]: the row of one without
-        any is never replaced.
+        How many real positions each history has (or 1 for some), where that is known, [B]: the row
+        of one without any is never replaced.
     """
 
     index: tuple[Tensor, ...] | None = None
@@ -120,30 +123,27 @@ def find_rows(
     if site.positions == "real":
         owners, places = real.nonzero(as_tuple=True)
         rows = tensor[owners, places]
-        return Place((owners, places)), Firing(rows, batch, call, ids, owners)
+        return Place((owners, places)), Firing(rows, batch, call, ids, owners, own=True)
     items, last = real.cumsum(dim=1).max(dim=1)  # the first of several maxima: the last real one
     rows = tensor.gather(1, _at(last, width)).squeeze(1)
-    return Place(last=last, items=items), Firing(rows, batch, call, ids)
+    return Place(last=last, items=items), Firing(rows, batch, call, ids, own=True)
 
 
 def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int, int] | None:
-    """The last real position of a single history and how many it has; None to ask tensors."""
+    """The last real position of a single history, and 0 if it has none; None to ask tensors."""
     source = site.positions_from
     latest = seen[-1] if seen else None
-    if latest is None or latest.ndim != 2 or latest.device.type != "cpu":
+    if latest is None or not isinstance(source, TokenIds | RealMask) or not latest.is_cpu:
         return None
-    if latest.shape[0] != 1 or length not in (1, latest.shape[1]):
+    if latest.ndim != 2 or latest.shape[0] != 1 or length not in (1, latest.shape[1]):
         return None
     if not has_values(latest):
         return None
-    told = latest.tolist()[0]
-    if isinstance(source, TokenIds):
-        real = [number != source.pad_id for number in told]
-    elif isinstance(source, RealMask):
-        real = [bool(number) is not source.padding for number in told]
-    else:
-        return None
-    return (length - 1 - real[::-1].index(True) if True in real and length > 1 else 0), sum(real)
+    padding = source.pad_id if isinstance(source, TokenIds) else None
+    for back, told in enumerate(reversed(latest[0].tolist())):
+        if told != padding if padding is not None else bool(told) is not source.padding:
+            return (length - 1 - back if length > 1 else 0), 1
+    return 0, 0
 
 
 def _only_row(
@@ -191,7 +191,7 @@ def _jagged_rows(
             "expected at least one item in each"
         )
     last = lengths.cumsum(0) - 1
-    return Place((last,)), Firing(rows[last], len(lengths), call, ids)
+    return Place((last,)), Firing(rows[last], len(lengths), call, ids, own=True)
 
 
 def _real(site: Site, seen: tuple[Tensor, ...], shape: tuple[int, int] | None) -> Tensor:
@@ -258,18 +258,26 @@ def put_rows(site: Site, emitted: Tensor, place: Place, rows: Tensor, new_rows: 
 
 
 def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
+    """A tensor of its own like this one, which is not written to, with the rows exchanged."""
     if isinstance(place.last, int):
+        if place.items == 0:
+            return tensor.clone()
+        if tensor.shape[1] == 1:
+            return new_rows.unsqueeze(1)
         new = tensor.clone()
-        if place.items != 0:
-            new.select(1, place.last).copy_(new_rows)
+        new.select(1, place.last).copy_(new_rows)
         return new
     if place.last is not None:
         if isinstance(place.items, Tensor):
             new_rows = torch.where((place.items > 0).unsqueeze(1), new_rows, rows)
+        if tensor.shape[1] == 1:
+            return new_rows.unsqueeze(1)
         return tensor.scatter(1, _at(place.last, tensor.shape[2]), new_rows.unsqueeze(1))
     if place.index is not None:
         return tensor.index_put(place.index, new_rows)
-    # a copy, laid out as the module did: the model may write into it
+    if tensor.is_contiguous():
+        return new_rows.reshape(tensor.shape)
+    # laid out as the module did: the model may ask for a view of it
     return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
 
 

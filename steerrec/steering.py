@@ -268,7 +268,7 @@ class SteerTransform(nn.Module):
                     "user"
                 )
             strength = strength.to(self.bias).reshape(-1, 1)
-        if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would mix the dtypes
             with torch.autocast(x.device.type, enabled=False):
                 return self._steered(x, strength)
         return self._steered(x, strength)
