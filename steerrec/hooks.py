@@ -206,11 +206,12 @@ class SiteHook:
             self.traced = True
         else:
             self.firings += 1
-        call = self.forwards.next_call()
+        now = self.forwards.now
+        call = self.forwards.next_call(now)
         if call is None:
             return None
         site, emitted = self.site, self._at(value, select)
-        place, firing = find_rows(site, oriented(site, emitted), self.forwards.now.seen, call)
+        place, firing = find_rows(site, oriented(site, emitted), now.seen, call)
         if not compiling:
             self.used += 1
             self.shape = None if emitted.is_nested else tuple(emitted.shape)

@@ -139,11 +139,22 @@ def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int
         return None
     if not has_values(latest):
         return None
-    padding = source.pad_id if isinstance(source, TokenIds) else None
-    for back, told in enumerate(reversed(latest[0].tolist())):
-        if told != padding if padding is not None else bool(told) is not source.padding:
-            return (length - 1 - back if length > 1 else 0), 1
-    return 0, 0
+    told = latest[0].tolist()
+    if isinstance(source, RealMask):
+        told = [bool(number) is not source.padding for number in told]
+    pad = source.pad_id if isinstance(source, TokenIds) else False
+    padded, last = told.count(pad), len(told) - 1
+    if padded == len(told):
+        return 0, 0
+    if length == 1:
+        return 0, 1
+    if padded and told[last] == pad:
+        first = told.index(pad)
+        if padded == len(told) - first:  # at the end alone, as usual
+            return first - 1, 1
+        while told[last] == pad:
+            last -= 1
+    return last, 1
 
 
 def _only_row(
