@@ -1,4 +1,4 @@
-"""Whether the loops of `kernels`, `jump_kernels` and `step_kernels` may stand in for torch, and their arrays."""
+"""Whether the loops that numba compiles may stand in for torch here, and their arrays."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _list(row: Floats, bound: Any, room: Any, entries: Floats, indices: Indices)
 
 @_compiled()
 def _listed(row: Floats, room: Any, entries: Floats, indices: Indices) -> int:
-    """The entries whose bits are set in `room`: bits and where they start, a column each, 0 last."""
+    """The entries whose bits are set in `room`: bits, and where they start; bits 0 come last."""
     found = n = 0
     bits = room[0, 0]
     while bits != 0:

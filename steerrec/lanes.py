@@ -15,8 +15,7 @@ LANES = 64
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def reaching(_: Any, row: Any, start: Any, bound: Any) -> Any:
+def _reaching(_: Any, row: Any, start: Any, bound: Any) -> Any:
     """Which of the entries ``row[start : start + LANES]`` are at least `bound`, as bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -30,8 +29,7 @@ def reaching(_: Any, row: Any, start: Any, bound: Any) -> Any:
     return types.uint64(row, start, bound), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def above(_: Any, row: Any, floor: Any, start: Any) -> Any:
+def _above(_: Any, row: Any, floor: Any, start: Any) -> Any:
     """Which of the entries ``row[start : start + LANES]`` are above those of `floor`, as bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -43,8 +41,7 @@ def above(_: Any, row: Any, floor: Any, start: Any) -> Any:
     return types.uint64(row, floor, start), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def lowest(_: Any, bits: Any) -> Any:
+def _lowest(_: Any, bits: Any) -> Any:
     """The place of the lowest bit that is set, of bits that are not all 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -53,8 +50,7 @@ def lowest(_: Any, bits: Any) -> Any:
     return types.int64(bits), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def at_address(_: Any, address: Any) -> Any:
+def _at_address(_: Any, address: Any) -> Any:
     """A pointer for `numba.carray`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -63,14 +59,14 @@ def at_address(_: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fetch(_: Any, address: Any) -> Any:
+def _fetch(_: Any, address: Any) -> Any:
     """Have the memory at an address brought into the cache, without waiting for it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        insert: Any = cgutils.get_or_insert_function
+        function = insert(builder.module, kind, "llvm.prefetch.p0")
         how = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, near, data
         builder.call(function, [builder.inttoptr(args[0], cgutils.voidptr_t), *how])
         return context.get_dummy_value()
@@ -82,3 +78,10 @@ def _loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> An
     """Entries of a float32 array from `start` on."""
     place = builder.gep(context.make_array(kind)(context, builder, array).data, [start])
     return builder.load(builder.bitcast(place, _VECTOR.as_pointer()), align=4)
+
+
+reaching: Any = intrinsic(_reaching)
+above: Any = intrinsic(_above)
+lowest: Any = intrinsic(_lowest)
+at_address: Any = intrinsic(_at_address)
+fetch: Any = intrinsic(_fetch)

@@ -78,7 +78,7 @@ class Plan:
         self._encoder, self._bias = encoder.detach(), bias.detach()
         at = [tensor.data_ptr() for tensor in whole]
         self._sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (3 - len(at))])
-        numbers, uses, rows = list(factors), [], []
+        numbers, uses, rows = list(factors), list[int](), []
         for term, operands in laid_out:
             start = len(uses)
             uses += [numbers.index(id(factor)) for factor in term.factors]
@@ -136,11 +136,11 @@ class Plan:
                 acts = torch.addmm(self._bias, part, self._encoder)
             else:
                 acts = torch.addmm(self._bias, part, self._encoder, out=held[:rows])
-            places = acts.data_ptr(), vectors.data_ptr(), out.data_ptr()
+            places = acts.data_ptr(), vectors.data_ptr(), out.data_ptr(), first, rows, batch
             here = strengths
             if strengths.shape[1] > 1:
                 here = np.ascontiguousarray(strengths[:, first : first + rows])
-            if not loops.steered(*places, first, rows, batch, here, self._sizes, *self._tables, end):
+            if not loops.steered(*places, here, self._sizes, *self._tables, end):
                 return None
         if held is not None and held.numel() <= _HELD:
             _own.acts = held
@@ -171,7 +171,9 @@ def planned(transform: SteerTransform, x: Tensor) -> tuple[Plan, Any] | None:
     Torch has to in a graph that is being recorded, where gradients are wanted, under a mode or a
     transform of functorch, on another device and in another dtype.
     """
-    if not x.is_cpu or not has_values(x) or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not x.is_cpu or not has_values(x):
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     plan = transform._plan
     if plan is None or not plan.holds():

@@ -268,8 +268,9 @@ class SteerTransform(nn.Module):
                     "user"
                 )
             strength = strength.to(self.bias).reshape(-1, 1)
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # it would mix the dtypes
-            with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(device):  # it would mix the dtypes
+            with torch.autocast(device, enabled=False):
                 return self._steered(x, strength)
         return self._steered(x, strength)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba.np.numpy_support import carray as _carray
 
 from steerrec.kernels import (
     Floats,
@@ -23,6 +23,8 @@ from steerrec.kernels import (
     _width_of_maxima,
 )
 from steerrec.lanes import LANES, above, at_address, fetch
+
+carray: Any = _carray
 
 _SHIFT, _RESPONSE = range(2)  # of `terms.TERMS`
 _NUMBER, _NEURON = range(2)  # of `terms.FACTORS`
