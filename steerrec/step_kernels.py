@@ -142,8 +142,8 @@ def _add_changes(
 
 
 @_compiled(fastmath={"contract"})
-def _finish(out: Floats, onto: Floats, pieces: Any, weights: Floats, count: int) -> None:
-    """The sum of all that is noted down, added to `onto`."""
+def _finish(out: Floats, onto: Floats, pieces: Any, weights: Floats, count: int) -> bool:
+    """The sum of all that is noted down, added to `onto`; False if it is not finite."""
     for t in range(len(out)):
         out[t] = 0
     for i in range(0, count - 3, 4):  # four at once: `out` is read and written a fourth as often
@@ -158,6 +158,7 @@ def _finish(out: Floats, onto: Floats, pieces: Any, weights: Floats, count: int)
             out[t] += weight * row[t]
     for t in range(len(out)):
         out[t] += onto[t]
+    return _is_finite(out)
 
 
 @_compiled(
@@ -273,13 +274,14 @@ def steered(
                     pending = True
             if pending:
                 noted = _add_changes(notes, by, noted, changes, indices[:count], decoder, length)
-            if waiting >= 0:  # what was noted down before has arrived in the cache meanwhile
-                _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
+            # what was noted down before has arrived in the cache meanwhile
+            if waiting >= 0 and not _finish(
+                out, onto, pieces[1 - turn], weights[1 - turn], waiting
+            ):
+                return False
             turn, waiting = 1 - turn, noted
             out = _vector(out_at + (a * batch + first + r) * length, size)
             onto = x if end == _ADDED else nothing
             if end == _REPLACED:
                 onto = _vector(sizes[4], size)
-    if waiting >= 0:
-        _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
-    return True
+    return waiting < 0 or _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
