@@ -234,7 +234,7 @@ class SiteHook:
         site = self.site
         does = "emits" if site.at == "output" else "is given"
         try:
-            tensor = get_in(value, select)
+            tensor = get_in(value, select) if select else value
         except SiteError as error:
             raise SiteError(f"site {site.name} {does} {describe(value)}: {error}") from error
         if isinstance(tensor, PackedSequence):
