@@ -252,3 +252,20 @@ def test_memory_that_is_too_much_to_keep_is_given_back(transform, monkeypatch):
     want = by_torch(transform, randn(300, 8, seed=1))
     torch.testing.assert_close(transform(randn(300, 8, seed=1)), want, atol=1e-4, rtol=1e-4)
     assert plans._own.acts is None
+
+
+def test_steering_in_the_middle_of_steering_has_other_memory(transform, monkeypatch):
+    """As a garbage collector that runs a finaliser may do it."""
+    x, loops, nested = randn(50, 8, seed=1), plans.step_kernels(), []
+    want = transform(x)
+
+    class Interrupted:
+        def steered(self, *args):
+            if not nested:
+                nested.append(None)
+                nested[0] = transform(randn(50, 8, seed=2))
+            return loops.steered(*args)
+
+    monkeypatch.setattr(plans, "step_kernels", lambda: Interrupted())
+    assert torch.equal(transform(x), want)
+    assert nested
