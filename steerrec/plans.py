@@ -155,7 +155,7 @@ class Plan:
         return type(None), ()
 
 
-# a tensor made under it could not be written to outside
+@torch.inference_mode(False)  # a tensor made under it could not be written to outside
 def _taken(d_sae: int) -> Tensor:
     """Memory of this thread for pre-activations, which it has not until that is given back."""
     held: Tensor | None = getattr(_own, "acts", None)
