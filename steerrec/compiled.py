@@ -1,4 +1,4 @@
-"""Whether the loops of `kernels` and `jump_kernels` may stand in for torch, and their arrays."""
+"""Whether the loops that numba compiles may stand in for torch here, and their arrays."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def kernels() -> ModuleType | None:
 def jump_kernels() -> ModuleType | None:
     """The compiled loops over what is above thresholds, or None, as above."""
     return None if kernels() is None else _loops("steerrec.jump_kernels")
+
+
+@cache
+def step_kernels() -> ModuleType | None:
+    """The compiled loop over rows that does a whole recipe, or None, as above."""
+    return None if kernels() is None else _loops("steerrec.step_kernels")
 
 
 def _loops(name: str) -> ModuleType | None:

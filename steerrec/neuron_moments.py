@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.steering import ROWS_AT_ONCE
+from steerrec.plans import ROWS_AT_ONCE
 
 
 class NeuronMoments:
