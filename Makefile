@@ -39,7 +39,7 @@ benchmark: $(VENV)/installed ## timings (tests/benchmarks)
 sae-lens: ## what we write and how fast we train, against sae-lens itself (sets up .venv-sae; large)
 	test -d .venv-sae || "$(PYTHON)" -m venv .venv-sae
 	.venv-sae/bin/python -m pip install --quiet "sae-lens==6.54.12" "torch==2.13.0" pytest pytest-timeout \
-		pytest-benchmark sybil .
+		pytest-benchmark hypothesis sybil .
 	PYTHONSAFEPATH=1 .venv-sae/bin/python -m pytest -m "" tests/optional/test_sae_libraries.py \
 		tests/benchmarks/test_sae_training.py
 

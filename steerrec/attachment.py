@@ -60,9 +60,16 @@ class _InForce:
     strength: Strength
     enabled: bool
     elsewhere: dict[torch.device, SteerTransform] = field(default_factory=dict)
+    on_cpu: bool = field(init=False)
 
-    def transform_on(self, device: torch.device) -> SteerTransform:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "on_cpu", self.transform.bias.is_cpu)
+
+    def transform_for(self, rows: Tensor) -> SteerTransform:
         """The transform on the device of the rows, copied there once."""
+        if self.on_cpu and rows.is_cpu:  # asking for a device takes longer
+            return self.transform
+        device = rows.device
         if self.transform.bias.device == device:
             return self.transform
         found = self.elsewhere.get(device)
@@ -328,7 +335,8 @@ class Attachment:
             return torch.where(graphed.on, graphed.transform(rows, alpha), rows)
         if _probing.get():
             return None
-        self._latest.rows = rows.detach().clone() if rows.requires_grad else rows.clone()
+        kept = rows.detach() if rows.requires_grad else rows
+        self._latest.rows = kept if firing.own else kept.clone()  # the model may write into its own
         now = self._now
         strength, users, enabled = now.strength, None, now.enabled
         for scope in _scopes.get():
@@ -338,7 +346,7 @@ class Attachment:
                 enabled = enabled if scope.enabled is None else scope.enabled
         if now.steering is None or not enabled:
             return None
-        return _steered(now.transform_on(rows.device), firing, strength, users)
+        return _steered(now.transform_for(rows), firing, strength, users)
 
     def __enter__(self) -> Self:
         return self
@@ -370,7 +378,7 @@ def _steered(
     if isinstance(strength, Tensor) and strength.ndim:
         strength = firing.per_row(strength)
     assert not callable(strength)
-    steered: Tensor = transform(rows, strength)
+    steered = transform.forward(rows, strength)
     if users is None:
         return steered
     mask: Any = users(firing) if callable(users) else users

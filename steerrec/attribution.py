@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerrec.activations import length_batches
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.data import Histories
 from steerrec.errors import ArtifactError
@@ -29,7 +28,7 @@ RANKING = ("grad_attribution", "cohens_d")
 NEUTRAL = {"auroc": 0.5}
 """What a column says of a neuron that has nothing to do with the contrast, where it is not 0."""
 
-RANKED_USERS = 8192
+RANKED_USERS = 2048
 """AUROC is computed from so many users of a group at most: their vectors are held at once."""
 
 
@@ -187,13 +186,15 @@ def score_groups(
     labels = (contrast["group_a"]["label"], contrast["group_b"]["label"])
     for label, people in zip(labels, (group_a, group_b), strict=True):
         running, fired = NeuronMoments(sae), FiringCounts(sae)
-        kept = _sample(len(people))
+        kept = torch.from_numpy(_sample(len(people)))
         some: list[Tensor] = []
-        batches = length_batches(people.lengths, batch_size)
-        for rows in track(batches, f"{label} users", unit="batch"):
-            vectors = user_vectors(rec, people.select(rows), site)
+        people = people.select(np.argsort(people.lengths, kind="stable"))  # little padding a batch
+        starts = range(0, len(people), batch_size)
+        for start in track(starts, f"{label} users", unit="batch"):
+            stop = min(start + batch_size, len(people))
+            vectors = user_vectors(rec, people.between(start, stop), site)
             sae.require_width(vectors)
-            some.append(vectors[torch.from_numpy(kept[rows]).to(vectors.device)].float().cpu())
+            some.append(vectors[kept[start:stop].to(vectors.device)].float().cpu())
             vectors = vectors.to(sae.W_enc)
             running.update(vectors)
             fired.update(vectors)

@@ -1,4 +1,4 @@
-"""Whether compiled loops (`kernels` and the like) may stand in for torch, and their arrays."""
+"""Whether the loops that numba compiles may stand in for torch here, and their arrays."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def jump_kernels() -> ModuleType | None:
 def served_kernels() -> ModuleType | None:
     """The compiled loops of learning for the users who are served, or None, as above."""
     return None if kernels() is None else _loops("steerrec.served_kernels")
+
+
+@cache
+def step_kernels() -> ModuleType | None:
+    """The compiled loop over rows that does a whole recipe, or None, as above."""
+    return None if kernels() is None else _loops("steerrec.step_kernels")
 
 
 def _loops(name: str) -> ModuleType | None:

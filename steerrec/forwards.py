@@ -116,8 +116,8 @@ class Forwards:
         """The present forward; torch.compile traces one of its own."""
         return self._traced if torch.compiler.is_compiling() else self._forward
 
-    def next_call(self) -> int | None:
-        """Number of the firing that is just happening, if it counts.
+    def next_call(self, now: Forward) -> int | None:
+        """Number of the firing that is just happening in the present forward, if it counts.
 
         None if it is to be passed over.
 
@@ -127,7 +127,7 @@ class Forwards:
             If the site fires more often than its `call` says, or the firings of one forward cannot
             be counted.
         """
-        site, now = self.site, self.now
+        site = self.site
         self._refresh(now)
         if not now.inside and (self._source is None or self._source_reruns):
             now.calls = 0  # nothing tells one forward from the next: each firing is one
@@ -163,7 +163,7 @@ class Forwards:
 
     def _refresh(self, now: Forward) -> None:
         """Forget a call of the root that ended without a word: torch runs no hook on Ctrl-C."""
-        if torch.compiler.is_compiling() or not now.inside or not now.calls:
+        if now is self._traced or not now.inside or not now.calls:
             return
         if not _is_being_called(self._root):
             now.inside, now.calls, now.seen = False, 0, ()
@@ -201,7 +201,7 @@ class Forwards:
         self._refresh(now)
         if now.inside:
             now.seen = (*now.seen[-7:], seen)
-        elif torch.compiler.is_compiling():  # reading what another forward left would be a guard
+        elif now is self._traced:  # reading what another forward left would be a guard
             now.begun, now.calls, now.seen = True, 0, (seen,)
         else:  # the root is bypassed: once the site has fired, new ids are a new forward
             now.seen = (seen,) if now.calls else (*now.seen[-7:], seen)
@@ -227,9 +227,12 @@ class Forwards:
                     found = found.reshape(len(found), -1)
             return found
         axes = 2 if isinstance(source, TokenIds) else 1
+        given = args
+        if kwargs or not all(isinstance(value, Tensor) for value in args):
+            given = tuple(tensor for _, tensor in tensors_in((args, kwargs)))
         candidates = [
             tensor
-            for _, tensor in tensors_in((args, kwargs) if kwargs else args)
+            for tensor in given
             if tensor.ndim == axes and not tensor.is_floating_point() and tensor.dtype != torch.bool
         ]
         if len(candidates) > 1 and isinstance(source, TokenIds):

@@ -22,6 +22,7 @@ from steerrec.errors import ArtifactError, DataError
 from steerrec.recipes import Encoding, Recipe, Step, Strength, own
 from steerrec.recommender import Recommender
 from steerrec.sums import refuse_reconstruction
+from steerrec.terms import Factor, Term
 
 
 class Gate(ABC):
@@ -40,6 +41,10 @@ class GateStep(torch.nn.Module, ABC):
     @abstractmethod
     def forward(self, here: Encoding) -> Tensor:
         """Factors of a batch of user vectors, [B, 1]."""
+
+    def factor(self) -> Factor | None:
+        """The same for the compiled loop; None where it cannot be put so."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class _NeuronStep(GateStep):
         active = (indices == self.gate.neuron) & (values > self.gate.threshold)
         fired = active.any(dim=1, keepdim=True)
         return (fired if self.gate.fires else ~fired).to(here.x)
+
+    def factor(self) -> Factor:
+        """Whether the neuron fires, or does not."""
+        gate = self.gate
+        return Factor("neuron", (), gate.neuron, gate.threshold, gate.fires)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +146,10 @@ class _TasteStep(GateStep):
     def forward(self, here: Encoding) -> Tensor:
         bias, low, high = self.numbers
         return torch.clamp((here.x @ self.weights + bias).unsqueeze(1), min=low, max=high)
+
+    def factor(self) -> Factor:
+        """Weights, bias and bounds."""
+        return Factor("taste", ((self, "weights"), (self, "numbers")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +211,14 @@ class GatedStep(Step):
         factor = self.gate(here) * self.strength
         found: Tensor = self.inner(here, strength * factor)
         return found
+
+    def terms(self) -> tuple[Term, ...] | None:
+        """Those of the recipe, with the gate."""
+        inner, gate = self.inner.terms(), self.gate.factor()
+        if inner is None or gate is None:
+            return None
+        number = Factor("number", ((self, "strength"),))
+        return tuple(term.times(number, gate) for term in inner)
 
 
 @torch.no_grad()

@@ -137,11 +137,12 @@ class FastPathOff:
                 torch.backends.mha.set_fastpath_enabled(cls._found)
 
 
-def needs_fast_path_off(model: nn.Module, module: nn.Module) -> bool:
-    """Whether hooks on `module` are seen, and see plain tensors, only without the fast path.
+def needs_fast_path_off(model: nn.Module, *modules: nn.Module) -> bool:
+    """Whether hooks on `modules` are seen, and see plain tensors, only without the fast path.
 
     True for a `nn.TransformerEncoderLayer` and all that is inside one: its fast path calls none of
     them, and `nn.TransformerEncoder` hands its layers NestedTensors.
     """
-    layers = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
-    return any(module is part for layer in layers for part in layer.modules())
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    inside = (part for layer in layers for part in layer.modules())
+    return any(part is module for part in inside for module in modules)

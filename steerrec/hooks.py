@@ -34,7 +34,7 @@ class SiteHook:
         Where.
     function
         Called with a `Firing`; returns None to leave the rows as they are, or their replacement
-        [R, H] in the same dtype.
+        [R, H] in the same dtype, a tensor that nobody else needs: the model may write into it.
     mha_fast_path
         False takes torch's fast path for multi-head attention off until `remove`, True leaves it
         alone; by default it is taken off where the site needs that (inside a
@@ -115,7 +115,7 @@ class SiteHook:
         mha_fast_path = self._mha_fast_path
         if mha_fast_path is None:
             hooked = [module, *(get_module(model, path) for path in told_at)]
-            mha_fast_path = not any(needs_fast_path_off(get_module(model, ""), m) for m in hooked)
+            mha_fast_path = not needs_fast_path_off(get_module(model, ""), *hooked)
         keep = self._handles.append
         if not mha_fast_path:
             self.fast_path_off = True
@@ -206,11 +206,12 @@ class SiteHook:
             self.traced = True
         else:
             self.firings += 1
-        call = self.forwards.next_call()
+        now = self.forwards.now
+        call = self.forwards.next_call(now)
         if call is None:
             return None
         site, emitted = self.site, self._at(value, select)
-        place, firing = find_rows(site, oriented(site, emitted), self.forwards.now.seen, call)
+        place, firing = find_rows(site, oriented(site, emitted), now.seen, call)
         if not compiling:
             self.used += 1
             self.shape = None if emitted.is_nested else tuple(emitted.shape)
@@ -233,7 +234,7 @@ class SiteHook:
         site = self.site
         does = "emits" if site.at == "output" else "is given"
         try:
-            tensor = get_in(value, select)
+            tensor = get_in(value, select) if select else value
         except SiteError as error:
             raise SiteError(f"site {site.name} {does} {describe(value)}: {error}") from error
         if isinstance(tensor, PackedSequence):
@@ -294,6 +295,7 @@ def edit(
     refuse_last(site)
 
     def replace_rows(firing: Firing) -> Tensor | None:
-        return function(firing.rows.clone())
+        new_rows = function(firing.rows.clone())
+        return new_rows.clone() if isinstance(new_rows, Tensor) else new_rows  # it may keep its own
 
     return SiteHook(model, site, replace_rows, mha_fast_path=mha_fast_path)

@@ -23,14 +23,6 @@ def _excess(row: Floats, floor: Floats, start: int, stop: int) -> Any:
     return top
 
 
-@_compiled(fastmath={"nnan", "nsz", "reassoc", "contract"})
-def _excess_of_either(row: Floats, other: Floats, floor: Floats, start: int, stop: int) -> Any:
-    top = row[start] - floor[start]
-    for j in range(start, stop):
-        top = max(top, max(row[j], other[j]) - floor[j])
-    return top
-
-
 @_compiled("int64(float32[:, ::1], float32[::1])")
 def most_above(pre_acts: Floats, floor: Floats) -> int:
     """The most entries above `floor` [d_sae] that a row of `pre_acts` [B, d_sae] has.
@@ -65,66 +57,6 @@ def above(pre_acts: Floats, floor: Floats, values: Floats, indices: Indices) -> 
                     if row[j] > floor[j]:
                         values[r, found], indices[r, found] = row[j], j
                         found += 1
-
-
-@_compiled(
-    "boolean(float32[:, ::1], float32[::1], float32[::1], float32[::1], float32[:, ::1], boolean, "
-    "float32[:, ::1])"
-)
-def jumped(
-    pre_acts: Floats,
-    shift: Floats,
-    strength: Floats,
-    floor: Floats,
-    decoder: Floats,
-    delta: bool,
-    out: Floats,
-) -> bool:
-    """What shifted pre-activations above `floor` decode to, less what the unshifted ones do.
-
-    Parameters
-    ----------
-    pre_acts, shift
-        [B, d_sae] and [d_sae].
-    strength
-        Factor on the shift, [B], or [1] for all rows.
-    floor
-        Latents are active above it, [d_sae]; none below 0.
-    decoder
-        [d_sae, H].
-    delta
-        Whether to take off what `pre_acts` themselves decode to.
-    out
-        Where it goes, [B, H].
-
-    Returns
-    -------
-    bool
-        False, with nothing of use in `out`, if a shifted pre-activation is not finite.
-    """
-    rows, width = pre_acts.shape
-    moved = np.empty(width, np.float32)
-    for r in range(rows):
-        alpha = strength[r if len(strength) > 1 else 0]
-        row = pre_acts[r]
-        for j in range(width):
-            moved[j] = row[j] + alpha * shift[j]
-        if not _is_finite(moved):
-            return False
-        for t in range(out.shape[1]):
-            out[r, t] = 0
-        for start in range(0, width, _BLOCK):
-            stop = min(start + _BLOCK, width)
-            if _excess_of_either(row, moved, floor, start, stop) > 0:
-                for j in range(start, stop):
-                    change = moved[j] if moved[j] > floor[j] else np.float32(0)
-                    if delta and row[j] > floor[j]:
-                        change -= row[j]
-                    if change != 0:
-                        direction = decoder[j]
-                        for t in range(out.shape[1]):
-                            out[r, t] += change * direction[t]
-    return True
 
 
 # --- training

@@ -1,8 +1,6 @@
-"""Loops over rows on a CPU, compiled by numba: selection, a steered decode, the best items.
+"""Loops over rows on a CPU, compiled by numba: selection, sums of few rows, the best items.
 
-A torch operation costs microseconds to call and reads its operands from memory anew; steering one
-user vector takes a dozen of them. Here a row stays in the cache from its pre-activations to the
-change of the vector. Arrays in, arrays out: what may be computed so is for the callers to know.
+Arrays in, arrays out: what may be computed so is for the callers to know. Recipes: `step_kernels`.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from steerrec.lanes import LANES, lowest, reaching
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = NDArray[np.float32]
@@ -43,12 +43,12 @@ def _compiled(
 # Loops count their index: over values themselves they would not be vectorised.
 
 
-@_compiled()
+@_compiled(fastmath={"reassoc", "contract"})
 def _is_finite(row: Floats) -> bool:
-    bits, largest = row.view(np.uint32), np.uint32(0)
-    for i in range(len(bits)):
-        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-    return bool(largest < np.uint32(0x7F800000))
+    nothing = np.float32(0)
+    for i in range(len(row)):
+        nothing += row[i] * np.float32(0)  # NaN of what is not finite
+    return bool(nothing == 0)
 
 
 @_compiled(fastmath=_FINITE)
@@ -64,41 +64,87 @@ def _lower_bound(values: Floats, k: int) -> Any:
         count = 0
         for i in range(len(values)):
             count += values[i] >= middle
-        if count >= k:
-            low = middle
-            if count <= k + 1:
-                break
-        else:
-            high = middle
+        enough = count >= k
+        low, high = (middle, high) if enough else (low, middle)
+        if enough and count <= k + 1:
+            break
     return low
 
 
 @_compiled(fastmath=_FINITE)
-def _select(row: Floats, maxima: Floats, k: int, entries: Floats, indices: Indices) -> None:
-    """The k largest entries of a finite row and where they are, in no order.
+def _bound(row: Floats, maxima: Floats, k: int) -> Any:
+    """A number that at least k entries of a finite row reach, and hardly more.
 
-    The maxima of groups of entries give a bound that k of the entries reach; those that do are
-    few, and the smallest of them are dropped. `entries` and `indices` hold one more than the row.
+    It is one that k of the maxima of groups of entries reach: entry j is in group j % width.
     """
     width = len(maxima)
-    groups = row.reshape(len(row) // width, width)  # entry j is in group j % width
+    rows = len(row) // width
+    groups, rest = row[: rows * width].reshape(rows, width), row[rows * width :]
     for i in range(width):
         maxima[i] = groups[0, i]
-    for g in range(0, len(groups) - 3, 4):  # their number is 1 or a multiple of 4
+    for g in range(0, rows - 3, 4):
         for i in range(width):
             one, other = (
                 max(groups[g, i], groups[g + 1, i]),
                 max(groups[g + 2, i], groups[g + 3, i]),
             )
             maxima[i] = max(maxima[i], max(one, other))
-    bound = _lower_bound(maxima, k)
-    found = 0
-    for i in range(width):
-        if maxima[i] >= bound:
-            for g in range(len(groups)):
-                value = groups[g, i]
-                entries[found], indices[found] = value, g * width + i
-                found += value >= bound
+    for g in range(rows - rows % 4, rows):
+        for i in range(width):
+            maxima[i] = max(maxima[i], groups[g, i])
+    for i in range(len(rest)):
+        maxima[i] = max(maxima[i], rest[i])
+    return _lower_bound(maxima, k)
+
+
+# What data decide is decided without branches below: the processor could not foresee them.
+
+
+@_compiled()
+def _list(row: Floats, bound: Any, room: Any, entries: Floats, indices: Indices) -> int:
+    """The entries that reach `bound`, in order, and how many they are; `room` as of `_room`."""
+    whole, some = len(row) - len(row) % LANES, 0
+    for start in range(0, whole, LANES):
+        bits = reaching(row, start, bound)
+        room[0, some], room[1, some] = bits, start
+        some += bits != 0
+    room[0, some] = 0
+    found = _listed(row, room, entries, indices)
+    for j in range(whole, len(row)):
+        entries[found], indices[found] = row[j], j
+        found += row[j] >= bound
+    return found
+
+
+@_compiled()
+def _listed(row: Floats, room: Any, entries: Floats, indices: Indices) -> int:
+    """The entries whose bits are set in `room`: bits, and where they start; bits 0 come last."""
+    found = n = 0
+    bits = room[0, 0]
+    while bits != 0:
+        j = np.int64(room[1, n]) + lowest(bits)
+        entries[found], indices[found] = row[j], j
+        found += 1
+        bits &= bits - np.uint64(1)
+        n += bits == 0
+        bits = room[0, n] if bits == 0 else bits
+    return found
+
+
+@_compiled()
+def _room(width: int) -> Any:
+    return np.empty((2, width // LANES + 1), np.uint64)
+
+
+@_compiled()
+def _select(
+    row: Floats, maxima: Floats, room: Any, k: int, entries: Floats, indices: Indices
+) -> None:
+    """The k largest entries of a finite row in the order of the row; of equal ones the first.
+
+    `entries` and `indices` are one longer than the row.
+    """
+    found = _list(row, _bound(row, maxima, k), room, entries, indices)
     _keep(entries, indices, found, k)
 
 
@@ -116,18 +162,17 @@ def _keep(entries: Floats, indices: Indices, found: int, k: int) -> None:
         reach = 0
         for i in range(found):
             reach += _ordered(bits[i]) >= middle
-        if reach >= k:
-            low, count = middle, reach
-        else:
-            high, above = np.int32(middle - 1), reach
+        enough = reach >= k
+        low, count = (middle, reach) if enough else (low, count)
+        high, above = (high, above) if enough else (np.int32(middle - 1), reach)
     equal = k - above if count > k else count
     kept = 0
     for i in range(found):
         order = _ordered(bits[i])
-        if order > low or (order == low and equal > 0):
-            equal -= order == low
-            entries[kept], indices[kept] = entries[i], indices[i]
-            kept += 1
+        level = (order == low) & (equal > 0)
+        equal -= level
+        entries[kept], indices[kept] = entries[i], indices[i]
+        kept += (order > low) | level
 
 
 @_compiled()
@@ -137,23 +182,24 @@ def _ordered(bits: Any) -> Any:
 
 
 @_compiled(fastmath={"contract"})
-def _decode(out: Floats, decoder: Floats, entries: Floats, indices: Indices, k: int) -> None:
-    for t in range(len(out)):
-        out[t] = 0
-    for i in range(k):
-        value = entries[i]
-        if value > 0:
-            direction = decoder[indices[i]]
-            for t in range(len(out)):
-                out[t] += value * direction[t]
+def _add_rows(out: Floats, vectors: Floats, weights: Floats, indices: Indices, count: int) -> None:
+    """Add the rows of `vectors` [V, H] at the first `count` indices, times their weights."""
+    for i in range(0, count - 3, 4):  # four at once: `out` is read and written a fourth as often
+        one, two = vectors[indices[i]], vectors[indices[i + 1]]
+        three, four = vectors[indices[i + 2]], vectors[indices[i + 3]]
+        a, b, c, d = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        for t in range(len(out)):
+            out[t] += (a * one[t] + b * two[t]) + (c * three[t] + d * four[t])
+    for i in range(count - count % 4, count):
+        row, weight = vectors[indices[i]], weights[i]
+        for t in range(len(out)):
+            out[t] += weight * row[t]
 
 
 @_compiled()
 def _width_of_maxima(width: int, k: int) -> int:
-    for groups in (16, 8, 4):
-        if width % groups == 0 and width // groups >= 4 * k:
-            return width // groups
-    return width
+    """How many groups: enough that few of the k largest share one."""
+    return min(width, max(LANES, 4 * k))
 
 
 @_compiled("boolean(float32[:, ::1], int64, int64[:, ::1])")
@@ -165,150 +211,23 @@ def largest(values: Floats, k: int, indices: Indices) -> bool:
     rows, width = values.shape
     maxima = np.empty(_width_of_maxima(width, k), np.float32)
     entries, found = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
+    room = _room(width)
     for r in range(rows):
         if not _is_finite(values[r]):
             return False
-        _select(values[r], maxima, k, entries, found)
+        _select(values[r], maxima, room, k, entries, found)
         for i in range(k):
             indices[r, i] = found[i]
     return True
 
 
-@_compiled(
-    "boolean(float32[:, ::1], float32[::1], float32[::1], float32[:, ::1], int64, boolean, "
-    "float32[:, ::1])"
-)
-def steered(
-    pre_acts: Floats,
-    shift: Floats,
-    strength: Floats,
-    decoder: Floats,
-    k: int,
-    delta: bool,
-    out: Floats,
-) -> bool:
-    """What shifted pre-activations decode to, less what the unshifted ones do if `delta`.
-
-    Parameters
-    ----------
-    pre_acts, shift
-        [B, d_sae] and [d_sae].
-    strength
-        Factor on the shift, [B], or [1] for all rows.
-    decoder
-        [d_sae, H].
-    k
-        How many latents are active.
-    delta
-        Whether to take off what `pre_acts` themselves decode to.
-    out
-        Where it goes, [B, H].
-
-    Returns
-    -------
-    bool
-        False, with nothing of use in `out`, if a shifted pre-activation is not finite.
-    """
-    rows, width = pre_acts.shape
-    maxima = np.empty(_width_of_maxima(width, k), np.float32)
-    entries, indices = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
-    moved, before = np.empty(width, np.float32), np.empty(out.shape[1], np.float32)
-    for r in range(rows):
-        alpha = strength[r if len(strength) > 1 else 0]
-        for j in range(width):
-            moved[j] = pre_acts[r, j] + alpha * shift[j]
-        if not _is_finite(moved):
-            return False
-        _select(moved, maxima, k, entries, indices)
-        _decode(out[r], decoder, entries, indices, k)
-        if delta:  # summed by itself, so that an empty edit comes to nothing exactly
-            _select(pre_acts[r], maxima, k, entries, indices)
-            _decode(before, decoder, entries, indices, k)
-            for t in range(len(before)):
-                out[r, t] -= before[t]
-    return True
-
-
-@_compiled(
-    "boolean(float32[:, ::1], float32[::1], float32[::1], float32[:, ::1], int64, "
-    "float32[:, ::1], int64[:, ::1], float32[:, ::1])"
-)
-def moved(
-    pre_acts: Floats,
-    shift: Floats,
-    strength: Floats,
-    decoder: Floats,
-    k: int,
-    values: Floats,
-    indices: Indices,
-    out: Floats,
-) -> bool:
-    """`steered` with `delta`, where the active latents of `pre_acts` are known already.
-
-    `values` and `indices` [B, k] are in the order in which `largest` finds them, so that an empty
-    edit comes to nothing exactly.
-    """
-    width = pre_acts.shape[1]
-    maxima = np.empty(_width_of_maxima(width, k), np.float32)
-    entries, found = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
-    row, before = np.empty(width, np.float32), np.empty(out.shape[1], np.float32)
-    for r in range(len(pre_acts)):
-        alpha = strength[r if len(strength) > 1 else 0]
-        for j in range(width):
-            row[j] = pre_acts[r, j] + alpha * shift[j]
-        if not _is_finite(row):
-            return False
-        _select(row, maxima, k, entries, found)
-        _decode(out[r], decoder, entries, found, k)
-        _decode(before, decoder, values[r], indices[r], k)
-        for t in range(len(before)):
-            out[r, t] -= before[t]
-    return True
-
-
 @_compiled("void(float32[:, ::1], int64[:, ::1], float32[:, ::1], float32[:, ::1])")
 def summed(values: Floats, indices: Indices, vectors: Floats, out: Floats) -> None:
-    """The sum of `vectors` [V, H] by the active latents, `values` and `indices` [B, k]: [B, H]."""
-    for r in range(len(values)):
-        _decode(out[r], vectors, values[r], indices[r], values.shape[1])
-
-
-@_compiled(
-    "void(float32[:, ::1], int64[:, ::1], float32[::1], float32[::1], float32[::1], "
-    "float32[:, ::1], float32[:, ::1])"
-)
-def bounded(
-    values: Floats,
-    indices: Indices,
-    gain: Floats,
-    low: Floats,
-    high: Floats,
-    decoder: Floats,
-    out: Floats,
-) -> None:
-    """What scaling and bounding the active latents changes, beside what `low` gives to everyone.
-
-    Parameters
-    ----------
-    values, indices
-        The active latents, [B, k] each.
-    gain, low, high
-        Factor and bounds of every latent, [d_sae].
-    decoder
-        [d_sae, H].
-    out
-        Where it goes, [B, H].
-    """
+    """The sum of `vectors` [V, H] by the active latents, `values` and `indices` [B, w]: [B, H]."""
     for r in range(len(values)):
         for t in range(out.shape[1]):
             out[r, t] = 0
-        for i in range(values.shape[1]):
-            j, value = indices[r, i], values[r, i]
-            change = min(max(gain[j] * value, low[j]), high[j]) - value - low[j]
-            if change != 0:
-                direction = decoder[j]
-                for t in range(out.shape[1]):
-                    out[r, t] += change * direction[t]
+        _add_rows(out[r], vectors, values[r], indices[r], values.shape[1])
 
 
 _BLOCK = 64  # scores whose largest is looked at before any of them is

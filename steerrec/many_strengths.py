@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerrec.compiled import as_arrays, kernels
+from steerrec.plans import ROWS_AT_ONCE, planned
 from steerrec.recipes import Encoding
-from steerrec.steering import ROWS_AT_ONCE, ShiftStep, SteerTransform
+from steerrec.steering import SteerTransform
 
 HELD = 64_000_000
 """At most so many numbers are held for the strengths of a group (or those of one strength)."""
@@ -52,33 +52,22 @@ def steered_at(
 
 def _steered(x: Tensor, transform: SteerTransform, alphas: Sequence[float]) -> Tensor:
     """A few user vectors [B, H] at all of the strengths, [A, B, H]."""
+    changed = _compiled(x, transform, alphas)
+    if changed is not None:
+        return changed
     sae, step = transform.sae, transform.step
     vectors = x.to(transform.bias)
     pre_acts = sae.pre_acts(vectors, transform.bias)
-    changes = _compiled(pre_acts, transform, alphas)
-    if changes is None:
-        changes = torch.stack([step(Encoding(sae, vectors, pre_acts), alpha) for alpha in alphas])
+    changes = torch.stack([step(Encoding(sae, vectors, pre_acts), alpha) for alpha in alphas])
     return (changes + sae.b_dec).to(x) if step.replaces else x + changes.to(x)
 
 
-def _compiled(
-    pre_acts: Tensor, transform: SteerTransform, alphas: Sequence[float]
-) -> Tensor | None:
-    """What the step makes of pre-activations [B, d_sae] at all strengths; None if torch has to."""
-    sae, step = transform.sae, transform.step
-    if not isinstance(step, ShiftStep) or sae.threshold is not None or sae.k is None:
+def _compiled(x: Tensor, transform: SteerTransform, alphas: Sequence[float]) -> Tensor | None:
+    """The same by the compiled loop; None if torch has to do it."""
+    found = planned(transform, x)
+    if found is None:
         return None
-    arrays = as_arrays(pre_acts, step.shift, sae.W_dec)
-    if arrays is None or kernels() is None:
-        return None
-    from steerrec.strength_kernels import steered_at as loop
-
-    acts, shift, decoder = arrays
+    plan, loops = found
     with np.errstate(over="ignore"):
-        strengths = np.array(alphas, np.float32)
-    out = pre_acts.new_empty(len(alphas), len(pre_acts), sae.d_in)
-    return (
-        out
-        if loop(acts, shift, strengths, decoder, sae.k, not step.replaces, out.numpy())
-        else None
-    )
+        strengths = np.array(alphas, np.float32).reshape(-1, 1)
+    return plan.steered(loops, x, strengths)

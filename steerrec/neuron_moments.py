@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.steering import ROWS_AT_ONCE
+from steerrec.plans import ROWS_AT_ONCE
 
 
 class NeuronMoments:
@@ -81,6 +81,7 @@ class FiringCounts:
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae = sae
         self._bias = sae.b_enc - sae.b_dec @ sae.W_enc
+        self._pre_acts = sae.W_enc.new_empty(0, sae.d_sae)
         self._counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
 
     @torch.no_grad()
@@ -88,7 +89,12 @@ class FiringCounts:
         """Add user vectors [B, H]; on a CPU a few at a time, which stay in its cache."""
         rows = ROWS_AT_ONCE if vectors.device.type == "cpu" else max(1, len(vectors))
         for part in vectors.split(rows):
-            latents = self.sae.activate(self.sae.pre_acts(part, self._bias))
+            if len(part) > len(self._pre_acts):
+                # kept: new memory costs more than what is written into it
+                self._pre_acts = part.new_empty(len(part), self.sae.d_sae)
+            pre_acts = self._pre_acts[: len(part)]
+            torch.addmm(self._bias, part, self.sae.W_enc, out=pre_acts)
+            latents = self.sae.activate(pre_acts)
             active = (latents.values > 0).long()
             self._counts.scatter_add_(0, latents.indices.flatten(), active.flatten())
 

@@ -19,6 +19,7 @@ from steerrec.autoencoder import Latents, SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError
 from steerrec.recipes import Encoding, Recipe, Step, Strength, own
+from steerrec.terms import Term
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
@@ -105,26 +106,20 @@ class ResponseStep(Step):
         """What is added, [B, H]."""
         return strength * (respond(here.latents, self.vectors) + self.constant)
 
+    def terms(self) -> tuple[Term, ...]:
+        """Responses and what every user gets."""
+        return (Term("response", ((self, "vectors"), (self, "constant"))),)
+
 
 def respond(latents: Latents, vectors: Tensor) -> Tensor:
     """What the active latents add, ``sum_j f_j * vectors[j]``: [B, H]."""
-    found = _looped("summed", latents, vectors)
-    if found is not None:
-        return found
-    return F.embedding_bag(latents.indices, vectors, per_sample_weights=latents.values, mode="sum")
-
-
-def _looped(loop: str, latents: Latents, *operands: Tensor) -> Tensor | None:
-    """A loop of `kernels` over active latents, [B, H]; None where torch has to compute it.
-
-    The last operand is [d_sae, H].
-    """
-    arrays = as_arrays(latents.values, *operands)
+    arrays = as_arrays(latents.values, vectors)
     loops = None if arrays is None or not latents.indices.is_contiguous() else kernels()
     if arrays is None or loops is None:
-        return None
-    out = latents.values.new_empty(len(latents.values), operands[-1].shape[1])
-    getattr(loops, loop)(arrays[0], latents.indices.numpy(), *arrays[1:], out.numpy())
+        weights = latents.values
+        return F.embedding_bag(latents.indices, vectors, per_sample_weights=weights, mode="sum")
+    out = latents.values.new_empty(len(latents.values), vectors.shape[1])
+    loops.summed(arrays[0], latents.indices.numpy(), arrays[1], out.numpy())
     return out
 
 
@@ -289,11 +284,13 @@ class LatentStep(Step):
 
     def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, [B, H]."""
-        latents, decoder = here.latents, here.sae.W_dec
-        change = _looped("bounded", latents, self.gain, self.low, self.high, decoder)
-        if change is None:
-            values, indices = latents
-            low = self.low[indices]
-            found = (self.gain[indices] * values).clamp(min=low, max=self.high[indices])
-            change = here.sae.directions(Latents(found - values - low, indices))
+        values, indices = here.latents
+        low = self.low[indices]
+        found = (self.gain[indices] * values).clamp(min=low, max=self.high[indices])
+        change = here.sae.directions(Latents(found - values - low, indices))
         return strength * (change + self.constant)
+
+    def terms(self) -> tuple[Term, ...]:
+        """Factors, bounds, and what the lower ones give to everyone."""
+        names = ("gain", "low", "high", "constant")
+        return (Term("latents", tuple((self, name) for name in names)),)

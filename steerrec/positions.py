@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerrec.errors import SiteError
-from steerrec.graphs import has_values, is_graphed
+from steerrec.graphs import has_values
 from steerrec.nested import describe
 from steerrec.sites import Lengths, RealMask, Site, TokenIds
 
@@ -21,6 +21,8 @@ class Firing:
     ----------
     rows
         The vectors at the site's positions, [R, H]. Not to be written to.
+    own
+        Whether they are in memory of their own, and not in that of the model.
     batch_size
         Number of histories B in this forward.
     call
@@ -37,6 +39,7 @@ class Firing:
     call: int = 0
     tokens: Tensor | None = None
     owners: Tensor | int = 1
+    own: bool = False
 
     def per_row(self, values: Tensor) -> Tensor:
         """`values` [B], one per history, spread over the rows: [R].
@@ -56,7 +59,7 @@ class Firing:
         return values[self.owners.to(values.device)]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which takes twice as long: they are made at every firing
 class Place:
     """Where a site's rows are in its tensor.
 
@@ -67,8 +70,8 @@ class Place:
     last
         Where there is one row for each history: its position, [B]; a number for all of them.
     items
-        How many real positions each history has, where that is known, [B]: the row of one without
-        any is never replaced.
+        How many real positions each history has (or 1 for some), where that is known, [B]: the row
+        of one without any is never replaced.
     """
 
     index: tuple[Tensor, ...] | None = None
@@ -105,11 +108,12 @@ def find_rows(
         raise SiteError(f"site {site.name} emits histories of length 0; expected items in them")
     if source == "last":
         return Place(last=-1), Firing(tensor.select(1, -1), batch, call)
-    if batch == 1 and site.positions == "user" and not is_graphed():
+    if batch == 1 and site.positions == "user":
         found = _last_of_one(site, seen, length)
         if found is not None:  # a single request: Python is faster than five kernels
             place = Place(last=found[0], items=found[1])
-            return place, Firing(tensor.select(1, found[0]), 1, call, ids)
+            rows = tensor.view(1, width) if length == 1 else tensor.select(1, found[0])
+            return place, Firing(rows, 1, call, ids)
     if length == 1 and site.positions == "user" and isinstance(source, TokenIds | RealMask):
         return _only_row(site, tensor, seen, call, ids)
     if isinstance(source, Lengths):
@@ -120,30 +124,37 @@ def find_rows(
     if site.positions == "real":
         owners, places = real.nonzero(as_tuple=True)
         rows = tensor[owners, places]
-        return Place((owners, places)), Firing(rows, batch, call, ids, owners)
+        return Place((owners, places)), Firing(rows, batch, call, ids, owners, own=True)
     items, last = real.cumsum(dim=1).max(dim=1)  # the first of several maxima: the last real one
     rows = tensor.gather(1, _at(last, width)).squeeze(1)
-    return Place(last=last, items=items), Firing(rows, batch, call, ids)
+    return Place(last=last, items=items), Firing(rows, batch, call, ids, own=True)
 
 
 def _last_of_one(site: Site, seen: tuple[Tensor, ...], length: int) -> tuple[int, int] | None:
-    """The last real position of a single history and how many it has; None to ask tensors."""
+    """The last real position of a single history, and 0 if it has none; None to ask tensors."""
     source = site.positions_from
     latest = seen[-1] if seen else None
-    if latest is None or latest.ndim != 2 or latest.device.type != "cpu":
+    if latest is None or not has_values(latest) or not isinstance(source, TokenIds | RealMask):
         return None
-    if latest.shape[0] != 1 or length not in (1, latest.shape[1]):
-        return None
-    if not has_values(latest):
+    shape = latest.shape
+    if len(shape) != 2 or shape[0] != 1 or length not in (1, shape[1]) or not latest.is_cpu:
         return None
     told = latest.tolist()[0]
-    if isinstance(source, TokenIds):
-        real = [number != source.pad_id for number in told]
-    elif isinstance(source, RealMask):
-        real = [bool(number) is not source.padding for number in told]
-    else:
-        return None
-    return (length - 1 - real[::-1].index(True) if True in real and length > 1 else 0), sum(real)
+    if isinstance(source, RealMask):
+        told = [bool(number) is not source.padding for number in told]
+    pad = source.pad_id if isinstance(source, TokenIds) else False
+    padded, last = told.count(pad), len(told) - 1
+    if padded == len(told):
+        return 0, 0
+    if length == 1:
+        return 0, 1
+    if padded and told[last] == pad:
+        first = told.index(pad)
+        if padded == len(told) - first:  # at the end alone, as usual
+            return first - 1, 1
+        while told[last] == pad:
+            last -= 1
+    return last, 1
 
 
 def _only_row(
@@ -191,7 +202,7 @@ def _jagged_rows(
             "expected at least one item in each"
         )
     last = lengths.cumsum(0) - 1
-    return Place((last,)), Firing(rows[last], len(lengths), call, ids)
+    return Place((last,)), Firing(rows[last], len(lengths), call, ids, own=True)
 
 
 def _real(site: Site, seen: tuple[Tensor, ...], shape: tuple[int, int] | None) -> Tensor:
@@ -258,18 +269,26 @@ def put_rows(site: Site, emitted: Tensor, place: Place, rows: Tensor, new_rows: 
 
 
 def _put(tensor: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
+    """A tensor of its own like this one, which is not written to, with the rows exchanged."""
     if isinstance(place.last, int):
+        if place.items == 0:
+            return tensor.clone()
+        if tensor.shape[1] == 1:
+            return new_rows.unsqueeze(1)
         new = tensor.clone()
-        if place.items != 0:
-            new.select(1, place.last).copy_(new_rows)
+        new.select(1, place.last).copy_(new_rows)
         return new
     if place.last is not None:
         if isinstance(place.items, Tensor):
             new_rows = torch.where((place.items > 0).unsqueeze(1), new_rows, rows)
+        if tensor.shape[1] == 1:
+            return new_rows.unsqueeze(1)
         return tensor.scatter(1, _at(place.last, tensor.shape[2]), new_rows.unsqueeze(1))
     if place.index is not None:
         return tensor.index_put(place.index, new_rows)
-    # a copy, laid out as the module did: the model may write into it
+    if tensor.is_contiguous():
+        return new_rows.reshape(tensor.shape)
+    # laid out as the module did: the model may ask for a view of it
     return torch.empty_like(tensor).copy_(new_rows.reshape(tensor.shape))
 
 

@@ -20,6 +20,7 @@ from steerrec.errors import ArtifactError
 if TYPE_CHECKING:
     from steerrec.autoencoder import Latents, SparseAutoencoder
     from steerrec.steering import SteerTransform
+    from steerrec.terms import Term
 
 Strength = float | Tensor
 """One number, or one per row [B, 1]."""
@@ -64,6 +65,10 @@ class Step(nn.Module, ABC):
 
     kind: str
     """Of which kind it is, in words: steps of one kind can take over each other's tensors."""
+
+    def terms(self) -> tuple[Term, ...] | None:
+        """The same as terms, for the compiled loop; None where it cannot be put so."""
+        return None
 
     def copy_from(self, other: Step) -> None:
         """Take over the tensors of another step of the same kind."""

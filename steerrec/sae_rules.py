@@ -18,7 +18,8 @@ from steerrec.compiled import as_arrays, jump_kernels
 from steerrec.selection import largest
 from steerrec.thresholds import largest_so_far
 
-_FALL = 0.01
+_FALL = 0.01  # what a step takes off the logarithm of a dead latent's threshold
+_PULL = 0.05  # what it adds to those of all latents where twice as many are active as should be
 
 
 class Entries(NamedTuple):
@@ -72,8 +73,16 @@ class Rule:
     def give_gradients(self, found: Entries, rows: int, to_latents: Tensor) -> None:
         """Gradients of `parameters`, given those of the latents of all entries [N]."""
 
-    def after_step(self, dead: Tensor) -> None:
-        """What is done once the optimiser has made its step, [D] latents being dead."""
+    def after_step(self, dead: Tensor, active: float) -> None:
+        """What is done once the optimiser has made its step.
+
+        Parameters
+        ----------
+        dead
+            Numbers of the latents that are dead, [D].
+        active
+            How many were active in a row of the batch, on average.
+        """
 
 
 class BatchTopK(Rule):
@@ -113,7 +122,10 @@ class JumpReLU(Rule):
 
     A dead latent gets no gradient: its threshold falls by a hundredth a step until it fires. Other
     thresholds get pseudo-gradients from pre-activations within half a bandwidth of them, and
-    ``weight * (L0 / k - 1)^2`` is added to the loss, so that k latents are active on average.
+    ``weight * (L0 / k - 1)^2`` is added to the loss. The gradients of the error push against that,
+    so that it would settle at fewer than k: after each step all thresholds are moved together by
+    ``(L0 / k - 1) / 20`` of themselves, which at the end of training, where gradients move them no
+    more, leaves k latents active on average.
 
     Parameters
     ----------
@@ -193,8 +205,9 @@ class JumpReLU(Rule):
         self.log_threshold.grad = (-total / self.bandwidth).to(threshold)
 
     @torch.no_grad()
-    def after_step(self, dead: Tensor) -> None:
-        """Lower the thresholds of dead latents."""
+    def after_step(self, dead: Tensor, active: float) -> None:
+        """Move all thresholds together towards k active latents, and lower those of dead ones."""
+        self.log_threshold.add_(_PULL * min(active / self.k - 1, 1.0))
         self.log_threshold[dead] -= _FALL
 
 

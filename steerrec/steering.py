@@ -8,24 +8,20 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.compiled import as_arrays, kernels
 from steerrec.errors import ArtifactError, SiteError
 from steerrec.graphs import is_graphed
+from steerrec.plans import ROWS_AT_ONCE, Plan, steered
 from steerrec.recipes import Encoding, Recipe, Step, Strength, own
-from steerrec.thresholds import shifted_above
+from steerrec.terms import Term
 
 if TYPE_CHECKING:
     from steerrec.attribution import AttributionTable
 
 Splice = Literal["delta", "reconstruct"]
-
-ROWS_AT_ONCE = 128
-"""On a CPU so many user vectors are steered at once: their pre-activations stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +175,13 @@ class ShiftStep(Step):
 
     def forward(self, here: Encoding, strength: Strength) -> Tensor:
         """What is added, or with `ReconstructStep` stands in place: [B, H]."""
-        change = _compiled(here, self.shift, strength, delta=not self.replaces)
-        if change is None:
-            moved = here.pre_acts + strength * self.shift
-            change = here.sae.directions(here.sae.activate(moved))
-            change = change if self.replaces else change - here.sae.directions(here.latents)
-        return change
+        moved = here.pre_acts + strength * self.shift
+        change = here.sae.directions(here.sae.activate(moved))
+        return change if self.replaces else change - here.sae.directions(here.latents)
+
+    def terms(self) -> tuple[Term, ...]:
+        """The shift."""
+        return (Term("shift", ((self, "shift"),)),)
 
 
 class ReconstructStep(ShiftStep):
@@ -222,6 +219,7 @@ class SteerTransform(nn.Module):
     def _set(self, steering: Recipe) -> None:
         self.step = steering.step(self.sae)
         self.steering = steering
+        self._plan: Plan | None = None
 
     def with_steering(self, steering: Recipe) -> SteerTransform:
         """Another recipe on the same SAE, which the two share."""
@@ -270,46 +268,26 @@ class SteerTransform(nn.Module):
                     "user"
                 )
             strength = strength.to(self.bias).reshape(-1, 1)
-        if torch.is_autocast_enabled(x.device.type):  # it would mix the dtypes
-            with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(device):  # it would mix the dtypes
+            with torch.autocast(device, enabled=False):
                 return self._steered(x, strength)
         return self._steered(x, strength)
 
     def _steered(self, x: Tensor, strength: Strength) -> Tensor:
+        found = steered(self, x, strength)
+        return self._by_torch(x, strength) if found is None else found
+
+    def _by_torch(self, x: Tensor, strength: Strength) -> Tensor:
         if not is_graphed() and x.device.type == "cpu" and len(x) > ROWS_AT_ONCE:
             parts = x.split(ROWS_AT_ONCE)
             if isinstance(strength, Tensor) and len(strength) > 1:
                 strengths: Iterable[Strength] = strength.split(ROWS_AT_ONCE)
             else:
                 strengths = repeat(strength)
-            return torch.cat([self._steered(*part) for part in zip(parts, strengths, strict=False)])
+            pairs = zip(parts, strengths, strict=False)
+            return torch.cat([self._by_torch(*part) for part in pairs])
         vectors = x.to(self.bias)
         pre_acts = self.sae.pre_acts(vectors, self.bias)  # [B, d_sae]
         out: Tensor = self.step(Encoding(self.sae, vectors, pre_acts), strength)
         return (out + self.sae.b_dec).to(x) if self.step.replaces else x + out.to(x)
-
-
-def _compiled(here: Encoding, shift: Tensor, strength: Strength, *, delta: bool) -> Tensor | None:
-    """What shifted pre-activations decode to, less what they do themselves if `delta`: [B, H].
-
-    None where torch has to compute it.
-    """
-    sae, pre_acts = here.sae, here.pre_acts
-    if sae.threshold is not None:
-        return shifted_above(pre_acts, shift, strength, sae.threshold, sae.W_dec, delta=delta)
-    given = (strength,) if isinstance(strength, Tensor) else ()
-    known = here.selected if delta and here.selected is not None else ()
-    arrays = as_arrays(pre_acts, shift, sae.W_dec, *known[:1], *given)
-    loops = None if arrays is None else kernels()
-    if arrays is None or loops is None:
-        return None
-    acts, step, decoder = arrays[:3]
-    with np.errstate(over="ignore"):  # torch says what comes of it
-        alpha = arrays[-1].ravel() if given else np.array([strength], np.float32)
-    change = pre_acts.new_empty(len(pre_acts), sae.d_in)
-    out = change.numpy()
-    if known:
-        done = loops.moved(acts, step, alpha, decoder, sae.k, arrays[3], known[1].numpy(), out)
-    else:
-        done = loops.steered(acts, step, alpha, decoder, sae.k, delta, out)
-    return change if done else None

@@ -19,6 +19,7 @@ from steerrec.graphs import has_values
 from steerrec.operations import ResponseSteering
 from steerrec.recipes import Encoding, Recipe, Step, Strength, own
 from steerrec.steering import Steering
+from steerrec.terms import Factor, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,17 @@ class SumStep(Step):
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def terms(self) -> tuple[Term, ...] | None:
+        """Those of all steps, each at its own strength."""
+        found: list[Term] = []
+        for entry, step in enumerate(self.steps):
+            inner = cast(Step, step).terms()
+            if inner is None:
+                return None
+            own_strength = Factor("number", ((self, "strengths"),), entry)
+            found += [term.times(own_strength) for term in inner]
+        return tuple(found)
 
     def _strengths(self) -> list[Strength]:
         """Numbers where Python may look at them: arithmetic with tensors costs microseconds."""

@@ -6,7 +6,6 @@ al. 2024, arXiv 2407.14435): nothing is selected, and how many latents are activ
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,32 +49,6 @@ def active_above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         return dense, torch.arange(dense.shape[1], device=dense.device).expand(dense.shape)
     width = int((dense != 0).sum(dim=1).max()) if len(dense) else 0
     return largest(dense, max(1, width))
-
-
-def shifted_above(
-    pre_acts: Tensor,
-    shift: Tensor,
-    strength: float | Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    *,
-    delta: bool,
-) -> Tensor | None:
-    """What shifted pre-activations decode to, less what they do themselves if `delta`: [B, H].
-
-    One sum over the latents that the shift changes. None where torch has to compute it.
-    """
-    given = (strength,) if isinstance(strength, Tensor) else ()
-    arrays = as_arrays(pre_acts, shift, W_dec, threshold.clamp_min(0), *given)
-    loops = None if arrays is None else jump_kernels()
-    if arrays is None or loops is None:
-        return None
-    acts, step, decoder, floor = arrays[:4]
-    with np.errstate(over="ignore"):  # torch says what comes of it
-        alpha = arrays[4].ravel() if given else np.array([strength], np.float32)
-    change = pre_acts.new_empty(len(pre_acts), W_dec.shape[1])
-    done = loops.jumped(acts, step, alpha, floor, decoder, delta, change.numpy())
-    return change if done else None
 
 
 @torch.no_grad()

@@ -304,7 +304,8 @@ class _Run:
         distributed.sum_gradients([*sae.parameters(), *self.rule.parameters()], weight)
         _project_decoder_gradient(sae)
         self.optimizer.step()
-        self.rule.after_step(dead)
+        active = torch.tensor(len(fired) / len(x), device=self.device)
+        self.rule.after_step(dead, float(distributed.summed(active, 1 / distributed.size())))
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
             self.rows_since_fired += len(x) * distributed.size()

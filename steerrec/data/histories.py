@@ -127,6 +127,14 @@ class Histories:
         starts = self.offsets[chosen]  # not through `lengths`, which would look at every user
         return self._slices(chosen, starts, self.offsets[chosen + 1] - starts)
 
+    def between(self, start: int, stop: int) -> Histories:
+        """The histories of users `start` up to, not including, `stop`, without a copy of them."""
+        offsets = self.offsets[start : stop + 1]
+        items = slice(offsets[0], offsets[-1])
+        columns = {name: values[items] for name, values in self.columns.items()}
+        ids = self.user_ids[start:stop]
+        return Histories(self.items[items], offsets - offsets[0], ids, columns)
+
     def truncate(self, max_length: int) -> Histories:
         """The last `max_length` items of each history."""
         lengths = np.minimum(self.lengths, max_length)

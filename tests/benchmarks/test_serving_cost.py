@@ -73,6 +73,7 @@ def test_forward_scores_and_lists(sae, steering, batch, rounds, items):
     """Bare and steered: forward, scores of the whole catalogue, ten best."""
     ids = histories(batch)
     bare, steered = host(), host()
+    steered.load_state_dict(bare.state_dict(), assign=True)  # one memory: none is colder in a cache
     head = ItemHead(bare.item_matrix if items == ITEMS else randn(items, WIDTH, seed=5))
     rounds = rounds if items == ITEMS else max(5, rounds // 20)
 

@@ -111,6 +111,18 @@ def test_truncate_and_cut(lists: list[list[int]], n: int) -> None:
     ]
 
 
+@given(LISTS, st.integers(0, 8), st.integers(0, 8))
+def test_between(lists: list[list[int]], start: int, stop: int) -> None:
+    start, stop = sorted(min(n, len(lists)) for n in (start, stop))
+    whole = Histories.from_lists(lists, columns={"time": [[2 * i for i in row] for row in lists]})
+    part = whole.between(start, stop)
+    assert as_lists(part) == lists[start:stop]
+    assert part.user_ids.to_list() == list(range(start, stop))
+    assert part.column("time").tolist() == [2 * i for row in lists[start:stop] for i in row]
+    assert as_lists(part.select(range(len(part)))) == lists[start:stop]
+    assert np.shares_memory(part.items, whole.items) or not len(part.items)
+
+
 @given(LISTS, st.integers(1, 9), st.sampled_from(["left", "right"]))
 def test_padded(lists: list[list[int]], length: int, side: str) -> None:
     padded = Histories.from_lists(lists).padded(length, pad=-7, side=side)

@@ -30,7 +30,8 @@ DRIVER = """
         sae, summary = train_autoencoder(shards, SAETraining(**training), work=work)
         me = distributed.rank()
         save_file(sae.state_dict(), f"sae-{me}.safetensors")
-        print(json.dumps([distributed.size(), summary["log"][-1]["fvu"]]))
+        line = json.dumps([distributed.size(), summary["log"][-1]["fvu"]])
+        sys.stdout.write(f"{line}\\n")  # at once: two processes write to one pipe
 """
 
 

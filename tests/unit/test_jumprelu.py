@@ -51,8 +51,8 @@ def sae():
 def either_way(request, monkeypatch):
     """The same by compiled loops, and where there are none."""
     if request.param == "torch":
-        for module in ("thresholds", "steering", "operations", "selection"):
-            for name in ("kernels", "jump_kernels"):
+        for module in ("thresholds", "plans", "operations", "selection"):
+            for name in ("kernels", "jump_kernels", "step_kernels"):
                 monkeypatch.setattr(f"steerrec.{module}.{name}", lambda: None, raising=False)
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from steerrec import compiled
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.compiled import as_arrays, kernels
+from steerrec.compiled import as_arrays, kernels, step_kernels
 from steerrec.errors import ModelError
 from steerrec.ranking import INSERTED, Best
 from steerrec.selection import largest
@@ -49,19 +49,27 @@ def by_definition(step, x, alpha):
     return torch.stack(rows)
 
 
+def forget_loops():
+    compiled.kernels.cache_clear()
+    compiled.step_kernels.cache_clear()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often a loop was used."""
     used = []
-    loops = kernels()
 
     class Counted:
-        def __getattr__(self, name):
-            return lambda *args: used.append(name) or getattr(loops, name)(*args)
+        def __init__(self, loops):
+            self.loops = loops
 
-    counted = Counted()
-    for module in ("steerrec.steering", "steerrec.selection", "steerrec.ranking"):
-        monkeypatch.setattr(sys.modules[module], "kernels", lambda: counted)
+        def __getattr__(self, name):
+            return lambda *args: used.append(name) or getattr(self.loops, name)(*args)
+
+    counted = Counted(kernels()), Counted(step_kernels())
+    for module in ("selection", "ranking"):
+        monkeypatch.setattr(f"steerrec.{module}.kernels", lambda: counted[0])
+    monkeypatch.setattr("steerrec.plans.step_kernels", lambda: counted[1])
     return used
 
 
@@ -230,14 +238,14 @@ def test_which_tensors_become_arrays():
 def test_without_numba_torch_does_it_all(monkeypatch):
     step, x = transform(), torch.randn(3, WIDTH, generator=generator())
     expected = step(x)
-    compiled.kernels.cache_clear()
+    forget_loops()
     monkeypatch.setitem(sys.modules, "steerrec.kernels", None)  # as if the import failed
     try:
         with pytest.warns(RuntimeWarning, match="numba cannot be used"):
             close(step(x), expected)
         close(step(x), expected)
     finally:
-        compiled.kernels.cache_clear()
+        forget_loops()
 
 
 def test_threads_do_not_wait_for_each_other_nor_mix():
@@ -266,13 +274,13 @@ def test_a_compiler_that_fails_leaves_it_to_torch(monkeypatch):
     def full(name):
         raise OSError(28, "No space left on device")
 
-    compiled.kernels.cache_clear()
+    forget_loops()
     monkeypatch.setattr(compiled, "import_module", full)
     try:
         with pytest.warns(RuntimeWarning, match="No space left on device"):
             close(step(x), expected)
     finally:
-        compiled.kernels.cache_clear()
+        forget_loops()
 
 
 def test_more_than_there_are_is_refused_as_torch_does():

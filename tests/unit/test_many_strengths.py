@@ -45,7 +45,7 @@ def test_without_compiled_loops(monkeypatch):
     transform = SteerTransform(sae, recipes()["delta"])
     x = randn(20, 8, seed=4)
     expected = list(strengths.steered_at(x, transform, ALPHAS))
-    monkeypatch.setattr(strengths, "kernels", lambda: None)
+    monkeypatch.setattr("steerrec.plans.step_kernels", lambda: None)
     for one, other in zip(expected, strengths.steered_at(x, transform, ALPHAS), strict=True):
         torch.testing.assert_close(one, other)
 

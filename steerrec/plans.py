@@ -1,0 +1,225 @@
+"""A recipe laid out for the compiled loop of `step_kernels`: tables of addresses, made once.
+
+Steering one user vector takes microseconds, and so would looking at each tensor of a recipe. The
+addresses are those of the recipe's own tensors: what is written to these is seen at once, and a
+tensor that was exchanged (by moving the module, say) is noticed by its address.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from steerrec.compiled import step_kernels
+from steerrec.graphs import has_values
+from steerrec.terms import FACTORS, TERMS
+
+if TYPE_CHECKING:
+    from steerrec.steering import SteerTransform
+    from steerrec.terms import Factor, Operand
+
+ROWS_AT_ONCE = 128
+"""On a CPU so many user vectors are steered at once: their pre-activations stay in its cache."""
+
+_FEW = 8
+"""The pre-activations of so few users are in memory that is allocated in no time."""
+_HELD = 4_000_000
+"""A thread keeps at most so many pre-activations: fresh memory costs as much as half of them."""
+_own = threading.local()
+_LARGEST = float(np.finfo(np.float32).max)
+_ADDED, _PLAIN, _REPLACED = range(3)
+
+
+class Plan:
+    """The tables of one transform, for as long as its tensors are where they were.
+
+    Parameters
+    ----------
+    transform
+        Whose SAE and recipe.
+
+    Attributes
+    ----------
+    usable
+        Whether the loop can stand in for torch: every step of the recipe can be taken apart, and
+        all tensors are contiguous float32 on a CPU.
+    width
+        H, of the vectors.
+    """
+
+    def __init__(self, transform: SteerTransform) -> None:
+        self._tensors: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str]] = []
+        sae, replaces, terms = transform.sae, transform.step.replaces, transform.step.terms()
+        self.usable = False
+        self._last = 0.0, np.zeros((1, 1), np.float32)
+        encoder, bias = self._tensor((sae, "W_enc")), self._tensor((transform, "bias"))
+        whole = [self._tensor((sae, "W_dec")), self._tensor((sae, "b_dec"))]
+        if sae.threshold is not None:
+            whole.append(self._tensor((sae, "threshold")))
+        factors: dict[int, tuple[Factor, list[Tensor]]] = {}
+        laid_out = []
+        for term in terms or ():
+            laid_out.append((term, [self._tensor(operand) for operand in term.operands]))
+            for factor in term.factors:
+                if id(factor) not in factors:  # a gate of several terms is asked once
+                    operands = [self._tensor(operand) for operand in factor.operands]
+                    factors[id(factor)] = factor, operands
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        fit = [_fits(tensor) for tensor in self._tensors if tensor is not encoder]
+        if terms is None or not all(fit) or not _is_plain(encoder):
+            return
+        self.usable = True
+        self.width, self._end = sae.d_in, _REPLACED if replaces else _ADDED
+        self._encoder, self._bias = encoder.detach(), bias.detach()
+        at = [tensor.data_ptr() for tensor in whole]
+        self._sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (3 - len(at))])
+        numbers, uses, rows = list(factors), list[int](), []
+        for term, operands in laid_out:
+            start = len(uses)
+            uses += [numbers.index(id(factor)) for factor in term.factors]
+            places = [tensor.data_ptr() for tensor in operands]
+            places += [0] * (4 - len(places))
+            rows.append([TERMS.index(term.kind), *places, start, len(uses)])
+        self._tables = (
+            np.array(rows, np.int64).reshape(-1, 7),
+            np.array(uses, np.int64),
+            np.array([_row_of(*each) for each in factors.values()], np.int64).reshape(-1, 3),
+            np.array([factor.threshold for factor, _ in factors.values()], np.float32),
+        )
+
+    def _tensor(self, operand: Operand) -> Tensor:
+        """A tensor, remembered with the place where it can be looked up again."""
+        module, name = operand
+        where: Any = module._buffers if name in module._buffers else module._parameters
+        self._places.append((where, name))
+        self._tensors.append(where[name])
+        return self._tensors[-1]
+
+    def holds(self) -> bool:
+        """Whether all tensors are where they were."""
+        return [where[name].data_ptr() for where, name in self._places] == self._addresses
+
+    def strengths_of(self, strength: float) -> np.ndarray:
+        """A strength for all rows as the loop takes it, [1, 1]; the one of last time is kept."""
+        last, array = self._last
+        if strength != last:
+            array = np.array([[strength]], np.float32)
+            self._last = strength, array
+        return array
+
+    def wants_gradients(self) -> bool:
+        """Whether gradients of a tensor of the recipe are wanted."""
+        return any(where[name].requires_grad for where, name in self._places)
+
+    def steered(self, loops: Any, x: Tensor, strengths: np.ndarray) -> Tensor | None:
+        """Vectors [B, H] at strengths [A, B] or [A, 1]: [A, B, H], or None if torch has to do it.
+
+        In the dtype of the vectors; torch has to if a number on the way is not finite.
+        """
+        vectors, end = x, self._end
+        if x.dtype is not torch.float32:
+            vectors, end = x.to(torch.float32), _PLAIN if end == _ADDED else end
+        if not vectors.is_contiguous():
+            vectors = vectors.contiguous()
+        batch, width = vectors.shape
+        out = torch.empty(len(strengths), batch, width)
+        held = None if batch <= _FEW else _taken(len(self._bias))
+        for first in range(0, batch, ROWS_AT_ONCE):
+            rows = min(ROWS_AT_ONCE, batch - first)
+            part = vectors if rows == batch else vectors[first : first + rows]
+            if held is None:
+                acts = torch.addmm(self._bias, part, self._encoder)
+            else:
+                acts = torch.addmm(self._bias, part, self._encoder, out=held[:rows])
+            places = acts.data_ptr(), vectors.data_ptr(), out.data_ptr(), first, rows, batch
+            here = strengths
+            if strengths.shape[1] > 1:
+                here = np.ascontiguousarray(strengths[:, first : first + rows])
+            if not loops.steered(*places, here, self._sizes, *self._tables, end):
+                return None
+        if held is not None and held.numel() <= _HELD:
+            _own.acts = held
+        if x.dtype is torch.float32:
+            return out
+        return x + out.to(x.dtype) if end == _PLAIN else out.to(x.dtype)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a transform makes its own: this one knows the memory of the original."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+@torch.inference_mode(False)  # a tensor made under it could not be written to outside
+def _taken(d_sae: int) -> Tensor:
+    """Memory of this thread for pre-activations, which it has not until that is given back."""
+    held: Tensor | None = getattr(_own, "acts", None)
+    _own.acts = None
+    if held is None or held.shape[1] != d_sae:
+        held = torch.empty(ROWS_AT_ONCE, d_sae)
+    return held
+
+
+def planned(transform: SteerTransform, x: Tensor) -> tuple[Plan, Any] | None:
+    """The plan of a transform and the loops, or None where torch has to steer these vectors.
+
+    Torch has to in a graph that is being recorded, where gradients are wanted, under a mode or a
+    transform of functorch, on another device and in another dtype.
+    """
+    if not x.is_cpu or not has_values(x):
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    plan = transform._plan
+    if plan is None or not plan.holds():
+        plan = transform._plan = Plan(transform)
+    if not plan.usable or x.shape[1] != plan.width:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or plan.wants_gradients()):
+        return None
+    loops = step_kernels()
+    return None if loops is None else (plan, loops)
+
+
+def steered(transform: SteerTransform, x: Tensor, strength: float | Tensor) -> Tensor | None:
+    """User vectors [B, H] steered by the compiled loop, or None where torch has to do it.
+
+    `strength` is one number, or [B, 1] or [1, 1].
+    """
+    found = planned(transform, x)
+    if found is None:
+        return None
+    if isinstance(strength, Tensor):
+        if not has_values(strength) or (strength.requires_grad and torch.is_grad_enabled()):
+            return None
+        strengths = strength.detach().numpy().reshape(1, -1)
+    elif abs(strength) > _LARGEST:
+        return None
+    else:
+        strengths = found[0].strengths_of(strength)
+    plan, loops = found
+    out = plan.steered(loops, x, strengths)
+    return None if out is None else out[0]
+
+
+def _row_of(factor: Factor, operands: list[Tensor]) -> list[int]:
+    places = [operand.data_ptr() for operand in operands]
+    if factor.kind == "number":
+        places = [places[0] + factor.entry * operands[0].element_size(), 0]
+    elif factor.kind == "neuron":
+        places = [factor.entry, int(factor.fires)]
+    return [FACTORS.index(factor.kind), *places]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+    return plain and tensor.dtype is torch.float32
+
+
+def _fits(tensor: Tensor) -> bool:
+    return _is_plain(tensor) and tensor.is_contiguous()
