@@ -10,7 +10,7 @@ from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.autoencoder import SparseAutoencoder
-    from steerrec.data import Split
+    from steerrec.data import Catalogue, Split
     from steerrec.evaluation import CapturedUsers
     from steerrec.objectives import Objective
     from steerrec.operations import ResponseSteering
@@ -75,6 +75,7 @@ def learned(
     neurons: int | None,
     *,
     users: CapturedUsers | None = None,
+    catalogue: Catalogue | None = None,
     seed: int = 0,
     **options: Any,
 ) -> ResponseSteering:
@@ -85,7 +86,9 @@ def learned(
         from steerrec.served_learning import learn_for_users
 
         training = ServedTraining(seed=seed)
-        return learn_for_users(rec, sae, split, users, training=training, **options)
+        return learn_for_users(
+            rec, sae, split, users, training=training, catalogue=catalogue, **options
+        )
     from steerrec.learning import SteeringTraining, learn_steering
 
     learning = SteeringTraining(neurons=neurons, seed=seed)

@@ -15,6 +15,7 @@ from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.data import Histories
+    from steerrec.evaluation import CapturedUsers
     from steerrec.ranking import TopK
     from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
@@ -86,8 +87,8 @@ def steer(
         str | None,
         typer.Option(
             "--objective",
-            help="Find the strength on validation: gini, popularity, tail_share, or the share of a "
-            "group of items, genres=Horror or genres=Horror@0.1.",
+            help="Find the strength on validation: gini, broad, ltc, popularity, … or the share of "
+            "a group of items, genres=Horror or genres=Horror@0.1.",
         ),
     ] = None,
     budget: Annotated[
@@ -285,16 +286,18 @@ def steer(
     if objective is not None:
         held_out = opt.split_for(rec, interactions)
         goal = objective_of(objective, opt.catalogue_for(rec, interactions), held_out)
-    if split is SplitName.none:
-        capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
-    else:
+
+    def capture() -> CapturedUsers:
+        if split is SplitName.none:
+            return capture_users(rec, opt.histories_for(rec, interactions))
         which: Which = "valid" if split is SplitName.valid else "test"
-        split_data = opt.split_for(rec, interactions)
-        capture = partial(capture_held_out, rec, split_data, which, max_users=max_users)
-    users = capture() if is_served else None
+        return capture_held_out(rec, opt.split_for(rec, interactions), which, max_users=max_users)
+
+    users: CapturedUsers | None = None
     if learn and goal is not None and objective is not None:
         if here.site != rec.site:
             raise opt.not_scored(here.site, rec.site, "--learn")
+        users = capture() if is_served else None
         steering: Recipe = learned(
             exact,
             sae,
@@ -303,6 +306,7 @@ def steer(
             BUDGET if budget is None else budget,
             neurons,
             users=users,
+            catalogue=opt.catalogue_for(rec, interactions),
             k=k,
             mask_seen=mask_seen,
             seed=seed,

@@ -18,6 +18,7 @@ from steerrec.data import Split
 from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import capture_held_out
 from steerrec.fitting import (
+    ROUNDED,
     ResponseFit,
     Snapshot,
     SteeringTraining,
@@ -25,6 +26,7 @@ from steerrec.fitting import (
     latest_states,
     temperature,
 )
+from steerrec.item_dtypes import CompactItemHead
 from steerrec.metrics import RankingMetrics
 from steerrec.objectives import Objective, named_objective
 from steerrec.operations import ResponseSteering, respond
@@ -188,7 +190,9 @@ def _prepared(
 
 
 def require_scored_vector(rec: Recommender, sae: SparseAutoencoder) -> None:
-    """Raise ArtifactError unless the SAE can be one of the vector that is scored."""
+    """Raise an error unless the SAE can be one of the vector that is scored, by exact items."""
+    if isinstance(rec.item_head, CompactItemHead):
+        raise TrainingError(ROUNDED)
     if sae.d_in != rec.item_head.width:
         raise ArtifactError(
             f"the SAE reads vectors of width {sae.d_in}, the item head {rec.item_head.width}; "

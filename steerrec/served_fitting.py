@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from steerrec.autoencoder import Latents, SparseAutoencoder
 from steerrec.compiled import as_arrays, served_kernels
 from steerrec.data import Histories
 from steerrec.errors import TrainingError
-from steerrec.fitting import CELLS, MASKED, Snapshot, encode_users, temperature
+from steerrec.fitting import CELLS, MASKED, ROUNDED, Snapshot, encode_users, temperature
+from steerrec.item_dtypes import CompactItemHead
 from steerrec.objectives import Objective
 from steerrec.operations import respond
 from steerrec.progress import track
+from steerrec.ranking import check_ranking
 from steerrec.recommender import ItemHead
 from steerrec.selection import largest
 
@@ -50,9 +52,10 @@ class ServedTraining:
     Attributes
     ----------
     growth
-        By how much the highest price grows in a step, in units of the mean temperature.
+        By how much the highest price grows in a step, in units of the median temperature.
     learning_rate
-        How far a user vector moves in a step, in each of its dimensions.
+        How far a user vector moves in a step, in each of its dimensions, in units of the users'
+        standard deviation.
     focus
         How far down the list accuracy and exposure count: the perplexity of each user's scores is
         brought to this many list lengths by a temperature.
@@ -70,7 +73,7 @@ class ServedTraining:
     """
 
     growth: float = 0.1
-    learning_rate: float = 0.03
+    learning_rate: float = 0.025
     focus: float = 1.0
     ridge: float = 1e-3
     near: int = 200
@@ -80,11 +83,12 @@ class ServedTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name in ("fresh", "seed") else 1 if isinstance(value, int) else 1e-12
-            if not least <= value < math.inf:
-                kind = "an integer" if isinstance(value, int) else "a number"
-                raise TrainingError(f"{name} is {value}; expected {kind} of at least {least:g}")
+        for part in fields(self):
+            value, is_count = getattr(self, part.name), part.type == "int"
+            least = (0 if part.name in ("fresh", "seed") else 1) if is_count else 1e-12
+            if (is_count and not isinstance(value, int)) or not least <= value < math.inf:
+                kind = "an integer" if is_count else "a number"
+                raise TrainingError(f"{part.name} is {value}; expected {kind} of at least {least}")
 
 
 class Projection:
@@ -108,13 +112,22 @@ class Projection:
         self.d_sae = d_sae
         fires = torch.bincount(indices[values > 0], minlength=d_sae) > 0
         self.alive = fires.nonzero().squeeze(1)
+        if not len(self.alive):
+            raise TrainingError(
+                "no neuron of this SAE fires for these users: there is nothing to steer by"
+            )
         place = (fires.cumsum(0) - 1).clamp_min(0)
         self.latents = Latents(values, place[indices])  # of the latents that are alive
         self.is_dual = len(values) < len(self.alive)
         square = self._between_users() if self.is_dual else self._between_latents()
         penalty = ridge * float(values.double().square().sum()) / d_sae
         square.diagonal().add_(max(penalty, torch.finfo(values.dtype).tiny))
-        factor = torch.linalg.cholesky(square)
+        factor, failed = torch.linalg.cholesky_ex(square)
+        if bool(failed):
+            raise TrainingError(
+                f"these users' neurons are too much alike for a ridge of {ridge:g}; raise it"
+            )
+        del square
         self.inverse = torch.cholesky_inverse(factor).to(values)
 
     def __call__(self, change: Tensor) -> Tensor:
@@ -156,12 +169,13 @@ class Projection:
 
     def _between_users(self) -> Tensor:
         """``f f'``, float64 [U, U]."""
-        users, size = len(self.latents.values), len(self.alive)
-        found = self.latents.values.new_empty(users, users, dtype=torch.float64)
+        latents = Latents(self.latents.values.double(), self.latents.indices)
+        users, size = len(latents.values), len(self.alive)
+        found = latents.values.new_empty(users, users)
         for start in range(0, users, 512):
             stop = min(start + 512, users)
-            some = Latents(*(t[start:stop] for t in self.latents)).dense(size)
-            found[:, start:stop] = respond(self.latents, some.T.contiguous())
+            some = Latents(*(t[start:stop] for t in latents)).dense(size)
+            found[:, start:stop] = respond(latents, some.T.contiguous())
         return found
 
 
@@ -197,28 +211,38 @@ class ServedFit:
     ) -> None:
         if not len(vectors):
             raise TrainingError("no users to learn steering for; expected at least one")
+        if isinstance(head, CompactItemHead):
+            raise TrainingError(ROUNDED)
+        check_ranking(vectors, head, k, seen)
+        if not bool(vectors.isfinite().all()):
+            raise TrainingError("a user vector is not finite: steering cannot be learned from it")
         self.head, self.objective, self.k, self.training = head, objective, k, training
         weight = F.normalize(head.weight, dim=-1) if head.normalize else head.weight
-        self.weight = (weight.detach() * head.scale).contiguous()
+        weight = weight.detach().float()
+        self.weight = (weight if head.scale == 1.0 else weight * head.scale).contiguous()
+        self.bias = None if head.bias is None else head.bias.detach().float()
         self.seen = seen
         if len(vectors) > training.users:
             rng = np.random.default_rng(training.seed)
             some = np.sort(rng.choice(len(vectors), training.users, replace=False))
             vectors = vectors[torch.from_numpy(some)]
             self.seen = None if seen is None else seen.select(some)
-        self.x = head.cast(vectors)
-        self.latents = encode_users(sae, self.x)
+        vectors = head.cast(vectors)
+        values, indices = encode_users(sae, vectors)
+        self.x, self.latents = vectors.float(), Latents(values.float(), indices)
+        self.spread = float((self.x - self.x.mean(dim=0)).square().mean().sqrt())
         self.d_sae = sae.d_sae
         self.rows = max(16, CELLS // len(head))  # users whose scores of all items are held
         self.near, self.base = self._nearest()
-        self.heat = temperature(self.base, training.focus * k)  # [U, 1]
-        self.unit = float(self.heat.mean())
+        spread = training.focus * k
+        self.heat = temperature(self.base, spread, items=max(128, math.ceil(2 * spread)))
+        self.unit = float(self.heat.median())  # one user with hardly an item left is no measure
 
     @torch.no_grad()
     def looks(self, price: float) -> Iterator[Snapshot]:
-        """Learn until the highest price is this many mean temperatures.
+        """Learn until the highest price is this many median temperatures.
 
-        Yields the responses, the price in these units, every `look_every` steps and at the end.
+        Yields the responses, the price in these units, every `look_every` steps.
 
         Raises
         ------
@@ -234,20 +258,22 @@ class ServedFit:
         first, second = torch.zeros_like(self.x), torch.zeros_like(self.x)  # moments, as in Adam
         items, base = self._in_question(change)
         exposure = self._slots(base, items) / users
-        last = max(1, round(price / training.growth))
+        every = training.look_every
+        last = max(1, math.ceil(price / training.growth / every - 1e-6)) * every
         for step in track(range(1, last + 1), "learn steering for these users", unit="step"):
             now = price * step / last
             prices = now * self.unit * self.objective.prices(exposure).to(base)
             gradient, slots = self._gradient(items, base, change, prices)
             first.lerp_(gradient, 1 - 0.9)
             second.mul_(0.99).addcmul_(gradient, gradient, value=1 - 0.99)
-            size = (second / (1 - 0.99**step)).sqrt_().add_(1e-8)
-            rate = training.learning_rate * min(1.0, step / WARM_UP) / (1 - 0.9**step)
+            size = (second / (1 - 0.99**step)).sqrt_().add_(1e-12)
+            rate = training.learning_rate * self.spread
+            rate *= min(1.0, step / WARM_UP) / (1 - 0.9**step)
             responses -= project(rate * first / size)
             change = respond(self.latents, responses)
             mean.lerp_(responses, 1 - KEPT)
             exposure.lerp_(slots / users, PRICE_RATE)
-            if step % training.look_every and step < last:
+            if step % every:
                 continue
             if not bool(responses.isfinite().all()):
                 raise TrainingError(
@@ -309,17 +335,17 @@ class ServedFit:
             vectors = F.normalize(vectors, dim=-1)
         rows = self.weight.index_select(0, items.flatten()).view(*items.shape, -1)
         scores = torch.bmm(rows, vectors[:, :, None]).squeeze(2)
-        return scores if self.head.bias is None else scores + self.head.bias[items]
+        return scores if self.bias is None else scores + self.bias[items]
 
     def _slots(self, scores: Tensor, items: Tensor) -> Tensor:
         """List slots of each item, [N], by scores [B, C] of items [B, C]."""
-        places = largest(scores, min(self.k, scores.shape[1]))[1]
-        slots = torch.bincount(items.gather(1, places).flatten(), minlength=len(self.head))
-        return slots.to(scores)
+        best, places = largest(scores, min(self.k, scores.shape[1]))
+        listed = items.gather(1, places)[best > MASKED / 2]  # the others are masked
+        return torch.bincount(listed, minlength=len(self.head)).to(scores)
 
     def _all_scores(self, vectors: Tensor, start: int) -> Tensor:
         """Scores [B, N] for users from `start` on, those of masked items out of reach."""
-        scores = self.head.scores(vectors)
+        scores = self.head.scores(self.head.cast(vectors)).float()
         if self.seen is not None:
             some = self.seen.select(np.arange(start, start + len(vectors)))
             row = np.repeat(np.arange(len(some)), some.lengths)
@@ -329,10 +355,10 @@ class ServedFit:
     @torch.no_grad()
     def _nearest(self) -> tuple[Tensor, Tensor]:
         """Each user's best items before steering and their scores, [U, near] each."""
-        parts = []
+        parts, near = [], max(self.training.near, 2 * self.k)
         for start in range(0, len(self.x), self.rows):
             scores = self._all_scores(self.x[start : start + self.rows], start)
-            parts.append(largest(scores, min(self.training.near, len(self.head))))
+            parts.append(largest(scores, min(near, len(self.head))))
         scores, items = (torch.cat(part) for part in zip(*parts, strict=True))
         return items, scores
 
@@ -345,7 +371,7 @@ class ServedFit:
         for start in range(0, len(self.x), self.rows):
             part = slice(start, start + self.rows)
             scores = self._all_scores(self.x[part] + change[part], start)
-            scores.scatter_(1, self.near[part], -math.inf)
+            scores.scatter_(1, self.near[part], 2 * MASKED)
             masked, items = largest(scores, fresh)
             own = self._scores(self.x[part], items).masked_fill_(masked <= MASKED, MASKED)
             parts.append((items, own))

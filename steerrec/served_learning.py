@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
-import torch
-
 from steerrec.autoencoder import SparseAutoencoder
-from steerrec.data import Histories, Split
+from steerrec.data import Catalogue, Histories, Split
 from steerrec.errors import TrainingError
 from steerrec.evaluation import CapturedUsers, capture_users
 from steerrec.fitting import SteeringTraining
@@ -16,7 +15,7 @@ from steerrec.objectives import Objective
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import Recommender
 from steerrec.served_fitting import ServedFit, ServedTraining
-from steerrec.served_steering import PRICE, learn_served_path
+from steerrec.served_steering import PRICE, identity, served_record
 from steerrec.strengths import objective_of
 
 
@@ -31,6 +30,7 @@ def learn_for_users(
     k: int = 10,
     mask_seen: bool = False,
     training: ServedTraining | None = None,
+    catalogue: Catalogue | None = None,
 ) -> ResponseSteering:
     """Learn steering for the users who are served, at the price that validation allows.
 
@@ -56,6 +56,8 @@ def learn_for_users(
         Length of the lists, and whether items of a user's history are left out of them.
     training
         Procedure.
+    catalogue
+        Where the objective finds attributes; the recommender's own by default.
 
     Raises
     ------
@@ -70,40 +72,25 @@ def learn_for_users(
         users = capture_users(rec, users)
 
     def goal(count: int) -> Objective:
-        return objective_of(objective, rec.catalogue, split, users=count)
+        return objective_of(objective, catalogue or rec.catalogue, split, users=count)
 
-    valid = len(split.held_out("valid")[0])
+    valid = min(len(split.held_out("valid")[0]), training.users)
     looking = SteeringTraining(valid_users=training.users, seed=training.seed)
-    judge = Judge(
-        rec,
-        sae,
-        split,
-        goal(min(valid, training.users)),
-        k=k,
-        mask_seen=mask_seen,
-        training=looking,
-    )
+    judge = Judge(rec, sae, split, goal(valid), k=k, mask_seen=mask_seen, training=looking)
     price, measured = _price(judge, sae, budget, training) if budget else (0.0, judge.base)
+    own = goal(len(users.histories))
+    record = served_record(own, len(users.histories), mask_seen, k, training)
+    record |= {"split": users.split, "budget": budget, "price": price, "valid": measured}
+    if users.sample is not None:
+        record["sample"] = users.sample
+    nothing = identity(sae, record).with_alpha(0.0)
+    if not price:
+        return nothing
     seen = users.histories if mask_seen else None
-    found = goal(len(users.histories))
-    record = {"budget": budget, "price": price, "valid": measured, "chosen_on": len(judge.vectors)}
-    if price:
-        path = learn_served_path(
-            rec.item_head,
-            sae,
-            users.vectors,
-            found,
-            price=price,
-            k=k,
-            seen=seen,
-            training=training,
-        )
-        recipe = path.recipes[-1]
-        return replace(recipe, provenance={**recipe.provenance, **record})
-    nothing = torch.zeros(sae.d_sae, sae.d_in)
-    name = f"learned-served-{found.name}"
-    record |= {"rule": "learned", "objective": found.name, "learned_on": "served"}
-    return ResponseSteering(nothing, nothing[0].clone(), 0.0, name, record)
+    fit = ServedFit(rec.item_head, sae, users.vectors, own, k=k, seen=seen, training=training)
+    last = deque(fit.looks(price), maxlen=1).pop()
+    record["steps"] = last.step
+    return replace(nothing, vectors=last.vectors.cpu(), alpha=1.0, provenance=record)
 
 
 def _price(

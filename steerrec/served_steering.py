@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from steerrec.data import Histories
 from steerrec.objectives import Objective, named_objective
 from steerrec.operations import ResponseSteering
 from steerrec.recommender import ItemHead
-from steerrec.rerank.candidates import Candidates
 from steerrec.served_fitting import ServedFit, ServedTraining
 from steerrec.steering_path import SteeringPath
 
-PRICE = 15.0
-"""Where a path ends: the highest price of a list slot, in mean temperatures of the users."""
+if TYPE_CHECKING:
+    from steerrec.rerank.candidates import Candidates
+
+PRICE = 16.0
+"""Where a path ends: the highest price of a list slot, in median temperatures of the users."""
 
 
 def learn_served_path(
@@ -51,7 +53,7 @@ def learn_served_path(
     objective
         Supplies the prices; made for U users.
     price
-        Where the path ends, in units of the users' mean temperature.
+        Where the path ends, in units of the users' median temperature.
     k
         Length of the lists.
     seen
@@ -68,27 +70,43 @@ def learn_served_path(
     Raises
     ------
     TrainingError
-        If there are no users, or a setting makes no sense.
+        If there are no users, nothing can be learned from them, or a setting makes no sense.
     """
     training = training or ServedTraining()
     fit = ServedFit(head, sae, vectors, objective, k=k, seen=seen, training=training)
-    record = {
+    record = served_record(objective, len(vectors), seen is not None, k, training)
+    recipes = [identity(sae, record)]
+    for responses, constant, step, now in fit.looks(price):
+        found = {**record, "steps": step, "price": now}
+        recipes.append(
+            ResponseSteering(responses.cpu(), constant.cpu(), 1.0, recipes[0].name, found)
+        )
+    return SteeringPath(tuple(recipes))
+
+
+def served_record(
+    objective: Objective, users: int, mask_seen: bool, k: int, training: ServedTraining
+) -> dict[str, Any]:
+    """Provenance of what is learned for so many users."""
+    return {
         "rule": "learned",
         "objective": objective.name,
         "k": k,
-        "mask_seen": seen is not None,
+        "mask_seen": mask_seen,
         "training": asdict(training),
         "learned_on": "served",
-        "users": len(fit.x),
+        "users": users,
+        "learned_from": min(users, training.users),
+        "steps": 0,
+        "price": 0.0,
     }
-    name, nothing = f"learned-served-{objective.name}", torch.zeros(sae.d_sae, sae.d_in)
-    recipes = [
-        ResponseSteering(nothing, nothing[0].clone(), 1.0, name, {**record, "steps": 0, "price": 0})
-    ]
-    for vectors, constant, step, now in fit.looks(price):
-        found = {**record, "steps": step, "price": now}
-        recipes.append(ResponseSteering(vectors.cpu(), constant.cpu(), 1.0, name, found))
-    return SteeringPath(tuple(recipes))
+
+
+def identity(sae: SparseAutoencoder, record: dict[str, Any]) -> ResponseSteering:
+    """The recipe that changes nothing, where a path begins."""
+    nothing = torch.zeros(sae.d_sae, sae.d_in)
+    name = f"learned-served-{record['objective']}"
+    return ResponseSteering(nothing, nothing[0].clone(), 1.0, name, record)
 
 
 @dataclass(eq=False)
@@ -112,7 +130,9 @@ class ServedSteering:
     price: float = PRICE
     training: ServedTraining = field(default_factory=ServedTraining)
     seconds: float = 0.0
-    _paths: list[tuple[Candidates, SteeringPath]] = field(default_factory=list, repr=False)
+    _paths: list[tuple[Candidates, SteeringPath]] = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def path(self, candidates: Candidates) -> SteeringPath:
         """The path of these users; learned once, and kept for the last two sets of users."""

@@ -2,8 +2,9 @@
 
 Of those users it sees the vectors and what they have taken, never what they took next; validation
 and test users are steered by recipes of their own, learned in the same way. The strength is the
-price of a list slot in units of score, so that the one chosen on validation means the same on test.
-The cost of learning is in `fit_seconds` of a comparison.
+price of a list slot in median temperatures of the users who are learned for, so that the one chosen
+on validation means the same on test. Learning is in `fit_seconds` of a comparison, not in the
+milliseconds a user.
 
 It ranks the whole catalogue anew; O(U * N) a setting.
 """
@@ -13,13 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from steerrec.rerank.base import Need, Reranker, check_range
 from steerrec.rerank.candidates import Candidates
 from steerrec.rerank.learned import Learned
-from steerrec.rerank.vectors import _ROWS
+from steerrec.rerank.vectors import moved_lists
 from steerrec.served_steering import ServedSteering
 
 
@@ -50,10 +50,8 @@ class LearnedServed(Reranker):
         """Lists from the steered vectors, [U, k]."""
         if not self.position or not len(candidates):
             return candidates.base
-        steered = self.transform.path(candidates).at(self.position).transform(self.transform.sae)
-        with torch.no_grad():
-            moved = [steered(part) for part in candidates.vectors.split(_ROWS)]
-        return candidates.rank(vectors=torch.cat(moved))
+        recipe = self.transform.path(candidates).at(self.position)
+        return moved_lists(candidates, recipe.transform(self.transform.sae))
 
     def describe(self) -> dict[str, Any]:
         """Name and parameters, and how it is learned."""
