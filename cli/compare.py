@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from steerrec.artifacts import SiteArtifact
+    from steerrec.autoencoder import SparseAutoencoder
     from steerrec.comparison_results import Comparison, MethodResult, Row
     from steerrec.data import Histories, Split
     from steerrec.recipes import Recipe
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LEARNED = {"learned": "even", "learned-gini": "gini", "learned-ltc": "ltc"}
 """Methods that are learned first, and their objectives."""
+
+SERVED = {"learned-served": "broad"}
+"""The same, learned for the users of the comparison themselves."""
 
 _FILES = ("compare.json", "compare.csv", "compare.png", "compare-users.png")
 
@@ -148,7 +152,9 @@ def _methods(
         **{name: partial(here.recipe, name) for name in here.steerings},
     }
     learned = {name: value for name, value in LEARNED.items() if name not in steerings}
-    known = [*steerings, *learned, *(name for name in METHODS if name not in steerings)]
+    served = {name: value for name, value in SERVED.items() if name not in steerings}
+    others = (name for name in METHODS if name not in steerings)
+    known = [*steerings, *learned, *served, *others]
     made: dict[str, Reranker] = {}
     seconds: dict[str, float] = {}
     dimensions: Any = None
@@ -159,6 +165,8 @@ def _methods(
             made[name] = reranker("popsteer", transform=transform)
         elif name in learned:
             made[name] = learn(learned[name])
+        elif name in served:
+            made[name] = _served(sae, served[name], seed)
         elif name in METHODS:
             if "dimensions" in METHODS[name].needs:
                 if dimensions is None:
@@ -194,6 +202,14 @@ def _learned(
         rec, sae, split, objective=objective, k=k, mask_seen=mask_seen, training=training
     )
     return Learned(path.transform(sae))
+
+
+def _served(sae: SparseAutoencoder, objective: str, seed: int) -> Reranker:
+    from steerrec.rerank.learned_served import LearnedServed
+    from steerrec.served_fitting import ServedTraining
+    from steerrec.served_steering import ServedSteering
+
+    return LearnedServed(ServedSteering(sae, objective, training=ServedTraining(seed=seed)))
 
 
 def _write(result: Comparison, folder: Path) -> None:

@@ -10,7 +10,7 @@ from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.autoencoder import SparseAutoencoder
-    from steerrec.data import Split
+    from steerrec.data import Catalogue, Split
     from steerrec.evaluation import CapturedUsers
     from steerrec.objectives import Objective
     from steerrec.operations import ResponseSteering
@@ -70,24 +70,29 @@ def learned(
     rec: Recommender,
     sae: SparseAutoencoder,
     split: Split,
-    objective: Objective,
+    objective: Objective | str,
     budget: float,
     neurons: int | None,
+    *,
+    users: CapturedUsers | None = None,
+    catalogue: Catalogue | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> ResponseSteering:
-    """Steering that is learned for an objective."""
+    """Steering that is learned for an objective, on training histories or for these users."""
+    options |= {"objective": objective, "budget": budget}
+    if users is not None:
+        from steerrec.served_fitting import ServedTraining
+        from steerrec.served_learning import learn_for_users
+
+        training = ServedTraining(seed=seed)
+        return learn_for_users(
+            rec, sae, split, users, training=training, catalogue=catalogue, **options
+        )
     from steerrec.learning import SteeringTraining, learn_steering
 
-    seed = options.pop("seed", 0)
-    return learn_steering(
-        rec,
-        sae,
-        split,
-        objective=objective,
-        budget=budget,
-        training=SteeringTraining(neurons=neurons, seed=seed),
-        **options,
-    )
+    learning = SteeringTraining(neurons=neurons, seed=seed)
+    return learn_steering(rec, sae, split, training=learning, **options)
 
 
 def effects(

@@ -15,6 +15,7 @@ from steerrec.cli import options as opt
 
 if TYPE_CHECKING:
     from steerrec.data import Histories
+    from steerrec.evaluation import CapturedUsers
     from steerrec.ranking import TopK
     from steerrec.recipes import Recipe
     from steerrec.recommender import Recommender
@@ -38,6 +39,13 @@ class SpliceName(StrEnum):
 
     delta = "delta"
     reconstruct = "reconstruct"
+
+
+class LearnOn(StrEnum):
+    """Whose lists steering is learned on."""
+
+    training = "training"
+    served = "served"
 
 
 def steer(
@@ -79,8 +87,8 @@ def steer(
         str | None,
         typer.Option(
             "--objective",
-            help="Find the strength on validation: gini, popularity, tail_share, or the share of a "
-            "group of items, genres=Horror or genres=Horror@0.1.",
+            help="Find the strength on validation: gini, broad, ltc, popularity, … or the share of "
+            "a group of items, genres=Horror or genres=Horror@0.1.",
         ),
     ] = None,
     budget: Annotated[
@@ -91,6 +99,12 @@ def steer(
         bool,
         typer.Option("--learn", help="Learn the recipe itself for --objective, and save it."),
     ] = False,
+    learn_on: Annotated[
+        LearnOn,
+        typer.Option(
+            "--learn-on", help="Learn on training histories, or for the users who are served here."
+        ),
+    ] = LearnOn.training,
     save: Annotated[
         str | None, typer.Option("--save", help="Save what is steered by as a recipe in ARTIFACT.")
     ] = None,
@@ -200,6 +214,9 @@ def steer(
         raise typer.BadParameter("--learn and --budget go with --objective")
     if objective is not None and (sweep or alpha is not None):
         raise typer.BadParameter("--objective finds the strength: leave out --alpha and --sweep")
+    is_served = learn_on is LearnOn.served
+    if is_served and (not learn or neurons):
+        raise typer.BadParameter("--learn-on served goes with --learn, and without --neurons")
     if learn and (recipe or gate or splice or popsteer_compat or contrast != "popularity"):
         raise typer.BadParameter("--learn makes its own recipe: leave out what describes another")
 
@@ -269,16 +286,27 @@ def steer(
     if objective is not None:
         held_out = opt.split_for(rec, interactions)
         goal = objective_of(objective, opt.catalogue_for(rec, interactions), held_out)
-    if learn and goal is not None:
+
+    def capture() -> CapturedUsers:
+        if split is SplitName.none:
+            return capture_users(rec, opt.histories_for(rec, interactions))
+        which: Which = "valid" if split is SplitName.valid else "test"
+        return capture_held_out(rec, opt.split_for(rec, interactions), which, max_users=max_users)
+
+    users: CapturedUsers | None = None
+    if learn and goal is not None and objective is not None:
         if here.site != rec.site:
             raise opt.not_scored(here.site, rec.site, "--learn")
+        users = capture() if is_served else None
         steering: Recipe = learned(
-            rec,
+            exact,
             sae,
             opt.split_for(rec, interactions),
-            goal,
+            objective if users is not None else goal,
             BUDGET if budget is None else budget,
             neurons,
+            users=users,
+            catalogue=opt.catalogue_for(rec, interactions),
             k=k,
             mask_seen=mask_seen,
             seed=seed,
@@ -334,13 +362,7 @@ def steer(
         write_sweep(result, folder, title=f"Steering by {recipe or contrast}", json=json_output)
         opt.record_result(artifact, here.site, "sweep", result.to_dict(), folder / "sweep.png")
         return
-    if split is SplitName.none:
-        capture = partial(capture_users, rec, opt.histories_for(rec, interactions))
-    else:
-        which: Which = "valid" if split is SplitName.valid else "test"
-        split_data = opt.split_for(rec, interactions)
-        capture = partial(capture_held_out, rec, split_data, which, max_users=max_users)
-    users = capture()
+    users = capture() if users is None else users
     error = eng.error_of(exact, rec, item_dtype, users.vectors, k)
     base = rank(rec, users, k=k, mask_seen=mask_seen)
     lists = rank_steered(

@@ -87,6 +87,8 @@ if TYPE_CHECKING:
     from steerrec.rerank import Candidates as Candidates
     from steerrec.rerank import gather_candidates as gather_candidates
     from steerrec.rerank import reranker as reranker
+    from steerrec.served_fitting import ServedTraining as ServedTraining
+    from steerrec.served_learning import learn_for_users as learn_for_users
     from steerrec.serving import RetrievalVectors as RetrievalVectors
     from steerrec.serving import retrieval_vectors as retrieval_vectors
     from steerrec.shares import slot_shares as slot_shares
@@ -139,6 +141,7 @@ _HOME = {
     "SteerTransform": "steering",
     "Steering": "steering",
     "SteeringSum": "sums",
+    "ServedTraining": "served_fitting",
     "SteeringTraining": "learning",
     "SteerrecError": "errors",
     "Sweep": "tradeoff",
@@ -173,6 +176,7 @@ _HOME = {
     "latent_quantiles": "quantiles",
     "item_values": "item_properties",
     "layer_report": "layers",
+    "learn_for_users": "served_learning",
     "learn_path": "learning",
     "learn_steering": "learning",
     "leave_one_out": "data",

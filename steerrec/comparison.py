@@ -166,6 +166,8 @@ def compare(
         result, samples = results[name]
         rows = tuple(_paired(row, samples, own, name == reference) for row in result.rows)
         seconds = (fit_seconds or {}).get(name)
+        if result.fit_seconds is not None:  # learned for the users that it was given
+            seconds = (seconds or 0.0) + result.fit_seconds
         finished.append(replace(result, rows=rows, fit_seconds=seconds))
     per_user = 1000 * ranking / max(len(parts["test"].users.histories), 1)
     return Comparison(protocol, base, tuple(finished), per_user)
@@ -187,6 +189,7 @@ def _run(
     ranking: float,
 ) -> tuple[MethodResult, dict[str, Replicates]]:
     values = method.settings
+    learned = _learning_seconds(method)
     valid = [
         _metrics(rec, parts["valid"], setting.lists(parts["valid"].candidates))
         for setting in track(list(method.sweep()), f"{name} on valid", unit="setting")
@@ -240,8 +243,15 @@ def _run(
         rows=tuple(sorted(rows, key=lambda row: (row.budget, row.by))),
         hypervolume={by: hypervolume(valid, test, by) for by in CRITERIA},
         milliseconds=1000 * max(added, 0.0) / max(len(part.users.histories), 1),
+        fit_seconds=None if learned is None else (_learning_seconds(method) or 0.0) - learned,
     )
     return result, samples
+
+
+def _learning_seconds(method: Reranker) -> float | None:
+    """What learning has taken so far, of a method that learns for the users it is given."""
+    seconds: float | None = getattr(getattr(method, "transform", None), "seconds", None)
+    return seconds
 
 
 def _measured(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _GREY, _INK = "#8a8f98", "#555b64"
 _THREE = ("#c2410c", "#8a8f98", "#1f5fa8")
 _STEERING = ("#0b3d91", "#4f8fe6", "#12a5b8", "#7b5cd6", "#9db8ea", "#0f6f7d")
+_LEARNED = ("#9d1fb8", "#4c0f8f")
 _SCORES = ("#1a7f37", "#8cc63f")
 _RERANKING = (
     *("#d62728", "#ff7f0e", "#b8860b", "#e377c2", "#8c1d5b", "#8c564b", "#f2a1a1", "#c49c94"),
@@ -197,8 +198,12 @@ def _limits(axes: Axes, shown: list[float], base: float, *, lower_is_better: boo
 
 
 def _looks(methods: tuple[MethodResult, ...]) -> dict[str, _Look]:
-    """Blue for steering, green for other scores, warm for re-ranking, dotted for controls."""
+    """Blue for steering, violet where it is learned, green for other scores, warm for re-ranking.
+
+    Controls are dotted, learned steering and PopSteer itself are thick.
+    """
     palettes = {
+        "learned": cycle(_LEARNED),
         "steering": cycle(_STEERING),
         "scores": cycle(_SCORES),
         "re-ranking": cycle(_RERANKING),
@@ -212,7 +217,7 @@ def _looks(methods: tuple[MethodResult, ...]) -> dict[str, _Look]:
             next(palettes[kind]),
             next(markers[kind]),
             ":" if method.control else "-",
-            2.8 if method.name == "popsteer" else 1.6,
+            2.8 if method.name == "popsteer" or kind == "learned" else 1.6,
         )
     return looks
 
@@ -223,6 +228,8 @@ def _kind(method: MethodResult) -> str:
     of = method.description.get("method", method.name)
     if of in ("logit-adjustment", "ipr"):
         return "scores"
+    if of.startswith("learned"):
+        return "learned"
     return "steering" if of in ("popsteer", "raw-popsteer", "mean-difference") else "re-ranking"
 
 

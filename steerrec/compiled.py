@@ -30,6 +30,12 @@ def jump_kernels() -> ModuleType | None:
 
 
 @cache
+def served_kernels() -> ModuleType | None:
+    """The compiled loops of learning for the users who are served, or None, as above."""
+    return None if kernels() is None else _loops("steerrec.served_kernels")
+
+
+@cache
 def step_kernels() -> ModuleType | None:
     """The compiled loop over rows that does a whole recipe, or None, as above."""
     return None if kernels() is None else _loops("steerrec.step_kernels")

@@ -34,6 +34,10 @@ CELLS = 4_000_000
 MASKED = -1e4
 """Score of an item that must not be recommended: finite, so that no gradient is NaN."""
 
+ROUNDED = (
+    "the item matrix is rounded; learn with the model's own, and rank by the rounded one afterwards"
+)
+
 LOOK_EVERY = 10
 """Steps between two looks at validation."""
 
@@ -329,7 +333,7 @@ def temperature(scores: Tensor, perplexity: float, *, items: int = 128) -> Tenso
     scores
         [B, N].
     perplexity
-        exp of the entropy, below the number of items.
+        exp of the entropy, below the number of items that are not masked.
     items
         How many of the best items count.
 
@@ -339,7 +343,8 @@ def temperature(scores: Tensor, perplexity: float, *, items: int = 128) -> Tenso
         [B, 1], positive.
     """
     best = largest(scores, min(items, scores.shape[1]))[0]
-    goal = math.log(min(perplexity, 0.9 * best.shape[1]))
+    left = (best > MASKED).sum(dim=1, keepdim=True)
+    goal = (0.9 * left).clamp(max=perplexity).log()  # [B, 1]
     low, high = (best.new_full((len(best), 1), math.log(end)) for end in (1e-4, 1e3))
     for _ in range(24):
         middle = (low + high) / 2

@@ -18,6 +18,7 @@ from steerrec.data import Split
 from steerrec.errors import ArtifactError, TrainingError
 from steerrec.evaluation import capture_held_out
 from steerrec.fitting import (
+    ROUNDED,
     ResponseFit,
     Snapshot,
     SteeringTraining,
@@ -25,6 +26,7 @@ from steerrec.fitting import (
     latest_states,
     temperature,
 )
+from steerrec.item_dtypes import CompactItemHead
 from steerrec.metrics import RankingMetrics
 from steerrec.objectives import Objective, named_objective
 from steerrec.operations import ResponseSteering, respond
@@ -177,11 +179,7 @@ def _prepared(
             f"{training.neurons} neurons asked for; this SAE has {sae.d_sae}, and at least 1 is "
             "needed"
         )
-    if sae.d_in != rec.item_head.width:
-        raise ArtifactError(
-            f"the SAE reads vectors of width {sae.d_in}, the item head {rec.item_head.width}; "
-            "learned steering needs an SAE of the vector that the scores are computed from"
-        )
+    require_scored_vector(rec, sae)
     if not isinstance(objective, str):
         return objective
     counts, groups = split.counts.copy(), rec.catalogue.groups.labels.copy()
@@ -189,6 +187,17 @@ def _prepared(
     return named_objective(
         objective, torch.from_numpy(counts), torch.from_numpy(groups), users=users
     )
+
+
+def require_scored_vector(rec: Recommender, sae: SparseAutoencoder) -> None:
+    """Raise an error unless the SAE can be one of the vector that is scored, by exact items."""
+    if isinstance(rec.item_head, CompactItemHead):
+        raise TrainingError(ROUNDED)
+    if sae.d_in != rec.item_head.width:
+        raise ArtifactError(
+            f"the SAE reads vectors of width {sae.d_in}, the item head {rec.item_head.width}; "
+            "learned steering needs an SAE of the vector that the scores are computed from"
+        )
 
 
 def _record(

@@ -91,16 +91,31 @@ def tail_coverage(groups: Tensor, users: int, *, slots: float = 1.5) -> Objectiv
         How fast the price rises with the slots that an item has: above 1, since
         an item that has one on average is in nobody's list in a third of the cases.
     """
-    tail = groups == TAIL
+    return _covered("ltc", groups == TAIL, users, slots)
 
+
+def coverage(items: int, users: int, *, slots: float = 1.5) -> Objective:
+    """Raise the share of all items that are in somebody's list; see `tail_coverage`.
+
+    Parameters
+    ----------
+    items
+        How many there are, N.
+    users, slots
+        As above.
+    """
+    return _covered("coverage", torch.ones(items, dtype=torch.bool), users, slots)
+
+
+def _covered(name: str, wanted: Tensor, users: int, slots: float) -> Objective:
     def prices(exposure: Tensor) -> Tensor:
         missing = torch.exp(-exposure * users / slots)
-        return 0.5 - missing * tail.to(exposure)
+        return 0.5 - missing * wanted.to(exposure)
 
     def value(exposure: Tensor) -> float:
-        return -float((exposure[tail] > 0).double().mean()) if bool(tail.any()) else 0.0
+        return -float((exposure[wanted] > 0).double().mean()) if bool(wanted.any()) else 0.0
 
-    return Objective("ltc", prices, value)
+    return Objective(name, prices, value)
 
 
 def weighted(name: str, parts: Sequence[tuple[float, Objective]]) -> Objective:
@@ -165,7 +180,7 @@ def group_shares(labels: Tensor, shares: Tensor) -> Objective:
     return Objective("group_shares", prices, lambda e: float(surplus(e).abs().sum()) / 2)
 
 
-OBJECTIVES = ("gini", "entropy", "ltc", "even", "popularity", "tail_share")
+OBJECTIVES = ("gini", "entropy", "ltc", "coverage", "even", "broad", "popularity", "tail_share")
 """Names that `named_objective` knows."""
 
 
@@ -188,6 +203,15 @@ def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) ->
         "even": lambda: weighted(
             "even", [(1.0, tail_coverage(groups, users)), (EVEN, exposure_entropy(users))]
         ),
+        "coverage": lambda: coverage(len(counts), users),
+        "broad": lambda: weighted(
+            "broad",
+            [
+                (BROAD, tail_coverage(groups, users)),
+                (BROAD, coverage(len(counts), users)),
+                (EVEN, exposure_entropy(users)),
+            ],
+        ),
         "popularity": lambda: less_popularity(counts),
         "tail_share": lambda: more_tail(groups),
     }
@@ -197,7 +221,10 @@ def named_objective(name: str, counts: Tensor, groups: Tensor, *, users: int) ->
 
 
 EVEN = 0.2
-"""Weight of the entropy of exposure beside the coverage of the tail in the objective `even`."""
+"""Weight of the entropy of exposure beside the coverage of the tail in `even` and `broad`."""
+
+BROAD = 0.5
+"""Weight of the coverage of the tail, and again of all items, in the objective `broad`."""
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def top_k(
     ModelError
         If the vectors do not fit the head, or a score is NaN.
     """
-    _check(user_vectors, head, k, seen)
+    check_ranking(user_vectors, head, k, seen)
     device = head.weight.device
     ids = torch.empty(len(user_vectors), k, dtype=torch.int64, device=device)
     scores = torch.empty(len(user_vectors), k, dtype=torch.float32, device=device)
@@ -253,7 +253,8 @@ def _seen_cells(seen: Histories, users: slice) -> tuple[np.ndarray, np.ndarray]:
     return rows, seen.items[offsets[0] : offsets[-1]]
 
 
-def _check(user_vectors: Tensor, head: ItemHead, k: int, seen: Histories | None) -> None:
+def check_ranking(user_vectors: Tensor, head: ItemHead, k: int, seen: Histories | None) -> None:
+    """Raise an error unless lists of k items can be made for these users."""
     if not 1 <= k <= len(head):
         raise DataError(
             f"k is {k} but the catalogue has {len(head)} items; choose k between 1 and {len(head)}"

@@ -130,8 +130,10 @@ def choose_strength(
     return ChosenStrength(chosen, goal.name, budget, dict(sorted(tried.items())))
 
 
-def objective_of(text: str, catalogue: Catalogue, split: Split) -> Objective:
-    """An objective in words.
+def objective_of(
+    text: str, catalogue: Catalogue, split: Split, *, users: int | None = None
+) -> Objective:
+    """An objective in words, for so many users; as many as validation has by default.
 
     One of `steerrec.objectives.OBJECTIVES`, such as `gini`; or a group of items as contrasts
     describe it, whose share of the list slots is raised (``genres=Horror``), or brought to a share
@@ -144,7 +146,7 @@ def objective_of(text: str, catalogue: Catalogue, split: Split) -> Objective:
                 text,
                 torch.from_numpy(split.counts.copy()),
                 groups,
-                users=len(split.held_out("valid")[0]),
+                users=len(split.held_out("valid")[0]) if users is None else users,
             )
         except ValueError as error:
             raise DataError(f"{error}, or a group of items such as genres=Horror") from None

@@ -64,9 +64,14 @@ class _Moved(Reranker):
 
     def lists(self, candidates: Candidates) -> Tensor:
         """Lists from the moved vectors, [U, k]."""
-        with torch.no_grad():
-            moved = [self.vectors(part) for part in candidates.vectors.split(_ROWS)]
-        return candidates.rank(vectors=torch.cat(moved))
+        return moved_lists(candidates, self.vectors)
+
+
+@torch.no_grad()
+def moved_lists(candidates: Candidates, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Lists [U, k] from the vectors that a function of user vectors [B, H] makes."""
+    moved = [move(part) for part in candidates.vectors.split(_ROWS)]
+    return candidates.rank(vectors=torch.cat(moved))
 
 
 @dataclass(frozen=True)

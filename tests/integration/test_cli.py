@@ -544,6 +544,19 @@ def test_compare_learns_steering_first(cli, world, tmp_path):
     assert learned["rows"][-1]["metrics"]["gini@10"] <= found["base"]["test"]["gini@10"]
 
 
+def test_compare_learns_for_the_users_of_the_comparison(cli, world, tmp_path):
+    command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
+    options = ("-o", tmp_path / "c", "--bootstrap", 10, "--pool", 40, "--json")
+    found = cli(*command, *options, "--methods", "popsteer,learned-served").json
+    learned = found["methods"][1]
+    assert learned["fit_seconds"] > 0.1
+    assert learned["settings"][0]["test"] == found["base"]["test"]
+    assert learned["description"]["learning"]["objective"] == "broad"
+    assert learned["description"]["learning"]["training"]["seed"] == 0
+    ginis = [setting["test"]["gini@10"] for setting in learned["settings"]]
+    assert ginis[6] < ginis[0]
+
+
 def test_compare_refuses_what_it_does_not_know(cli, world, tmp_path):
     command = ("compare", world.artifact, "--model", world.model, "--data", world.data)
     unknown = cli(*command, "-o", tmp_path / "c", "--methods", "popster")

@@ -118,6 +118,28 @@ def test_steering_is_learned_saved_and_explained(cli, world, steer, artifact):
     assert "what the steering does, by neuron" in shown.out
 
 
+def test_steering_is_learned_for_the_users_who_are_served(cli, world, steer, artifact, tmp_path):
+    options = ("--learn", "--learn-on", "served", "--objective", "gini", "--budget", "0.2")
+    found = steer(*options, "--split", "valid").json
+    before, after = (found[key]["metrics"] for key in ("unsteered", "steered"))
+    assert after["ndcg@10"] >= 0.8 * before["ndcg@10"]  # the very users that it was chosen on
+    assert after["gini@10"] < before["gini@10"]
+    assert found["learned"]["learned_on"] == "served"
+    assert found["learned"]["valid"]["gini"] == pytest.approx(after["gini@10"])
+    assert 0 < len(found["neurons"]) <= 20
+    recipe = steerrec.load_artifact(artifact).at().recipe("learned-served-gini")
+    assert recipe.provenance["users"] == found["unsteered"]["protocol"]["users"]
+    again = steer("--recipe", "learned-served-gini", "--split", "valid").json
+    assert again["steered"] == found["steered"]
+
+    lists = tmp_path / "lists.csv"  # whole histories, as in production
+    command = ("steer", artifact, "--model", world.model, "--data", world.data, *options)
+    shown = cli(*command, "-o", lists)
+    assert shown.code == 0, shown.err
+    assert "what the steering does, by neuron" in shown.out
+    assert lists.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -127,6 +149,7 @@ def test_steering_is_learned_saved_and_explained(cli, world, steer, artifact):
         (("--gate", "neuron:64"), 1, "reads neuron 64; the SAE has 64"),
         (("--budget", "0.1"), 2, "go with --objective"),
         (("--learn",), 2, "go with --objective"),
+        (("--objective", "gini", "--learn-on", "served"), 2, "goes with --learn"),
         (("--objective", "gini", "--alpha", "1"), 2, "finds the strength"),
         (("--objective", "gini", "--budget", "1"), 1, "expected a share of nDCG"),
         (("--objective", "fame"), 1, "no objective 'fame'"),
