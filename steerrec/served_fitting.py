@@ -1,4 +1,4 @@
-"""Responses of neurons fitted to the very users who are served, all of whom are at hand.
+"""Responses of neurons fitted to the very users who are served, or a large sample of them.
 
 The target is that of `steerrec.fitting`, scores less the prices of list slots, but no training
 state is looked at: the exposure that sets the prices is that of the lists which are made now, as
