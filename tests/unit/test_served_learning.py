@@ -189,6 +189,16 @@ def test_a_user_with_hardly_an_item_left_is_no_measure_of_the_others():
     assert int(slots.sum()) == 2 + 39 * 3  # two are left for the first
 
 
+def test_a_user_of_enormous_scores_is_no_measure_of_the_others_either():
+    head, x = ItemHead(randn(12, WIDTH, seed=2)), randn(41, WIDTH, seed=4)
+    longer = torch.cat([x[:40], 1000 * x[40:]])
+    plain, odd = (
+        ServedFit(head, small_sae(), v, even_exposure(), k=3, seen=None, training=QUICK)
+        for v in (x, longer)
+    )
+    assert odd.unit == pytest.approx(plain.unit, rel=0.1)
+
+
 # --- what it must not depend on
 
 
@@ -433,6 +443,20 @@ def test_validation_and_test_users_are_steered_by_recipes_of_their_own(rec, sae,
     assert steering.seconds > 0
     assert method.fit_seconds == pytest.approx(steering.seconds)
     assert method.description["learning"]["objective"] == "gini"
+
+
+def test_a_comparison_that_masks_seen_items_learns_for_such_lists(rec, sae, split, users):
+    steering = ServedSteering(sae, "gini", price=3.0, training=QUICK)
+    methods = {"learned-served": LearnedServed(steering)}
+    options = {"reference": "learned-served", "k": K, "pool": 20, "replicates": 5}
+    found = compare(rec, split, methods, mask_seen=True, **options).methods[0].settings[-1].test
+    goal, seen = even_exposure(), users.histories
+    path = learn_served_path(
+        rec.item_head, sae, users.vectors, goal, price=3.0, k=K, seen=seen, training=QUICK
+    )
+    transform = path.recipes[-1].transform(sae)
+    alone = measure(rec, users, k=K, mask_seen=True, transform=transform).metrics
+    assert found == pytest.approx(alone, nan_ok=True)
 
 
 def test_what_learning_took_is_kept_with_the_result(rec, sae, split, tmp_path):
