@@ -76,8 +76,8 @@ $(VENV)/created:
 
 # A strict editable install links the files there were when it was made: new ones need it made anew.
 $(VENV)/sources: $(VENV)/created FORCE
-	@{ echo "$(CURDIR)"; find $(SOURCES) -name '*.py' -o -name py.typed -o -path '*/page/*'; } | LC_ALL=C sort > $@.new
-	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+	@{ echo "$(CURDIR)"; find $(SOURCES) -name '*.py' -o -name py.typed -o -path '*/page/*'; } | LC_ALL=C sort > $@.$$$$; \
+		if cmp -s $@.$$$$ $@; then rm $@.$$$$; else mv $@.$$$$ $@; fi
 
 # torch goes first and alone, so that nothing later in the list can choose another build of it.
 $(VENV)/installed: $(VENV)/sources pyproject.toml constraints.txt
