@@ -8,12 +8,14 @@ tensor that was exchanged (by moving the module, say) is noticed by its address.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from steerrec.beside import beside, shares
 from steerrec.compiled import step_kernels
 from steerrec.graphs import has_values
 from steerrec.terms import FACTORS, TERMS
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from steerrec.terms import Factor, Operand
 
 ROWS_AT_ONCE = 128
-"""On a CPU so many user vectors are steered at once: their pre-activations stay in its cache."""
+"""On a CPU a thread steers so many user vectors at once: their pre-activations stay in its cache."""
+
+_SHARE = 32
+"""A thread is given at least so many, or handing them over would cost what it saves."""
 
 _FEW = 8
 """The pre-activations of so few users are in memory that is allocated in no time."""
@@ -126,27 +131,65 @@ class Plan:
             vectors, end = x.to(torch.float32), _PLAIN if end == _ADDED else end
         if not vectors.is_contiguous():
             vectors = vectors.contiguous()
-        batch, width = vectors.shape
-        out = torch.empty(len(strengths), batch, width)
-        held = None if batch <= _FEW else _taken(len(self._bias))
-        for first in range(0, batch, ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, batch - first)
-            part = vectors if rows == batch else vectors[first : first + rows]
-            if held is None:
-                acts = torch.addmm(self._bias, part, self._encoder)
-            else:
-                acts = torch.addmm(self._bias, part, self._encoder, out=held[:rows])
-            places = acts.data_ptr(), vectors.data_ptr(), out.data_ptr(), first, rows, batch
-            here = strengths
-            if strengths.shape[1] > 1:
-                here = np.ascontiguousarray(strengths[:, first : first + rows])
-            if not loops.steered(*places, here, self._sizes, *self._tables, end):
-                return None
-        if held is not None and held.numel() <= _HELD:
-            _own.acts = held
+        out = torch.empty(len(strengths), *vectors.shape)
+        if len(vectors) <= _FEW:
+            acts = torch.addmm(self._bias, vectors, self._encoder)
+            done = self._loop(loops, acts, vectors, out, strengths, end, 0, range(len(vectors)))
+        else:
+            done = self._in_blocks(loops, vectors, out, strengths, end)
+        if not done:
+            return None
         if x.dtype is torch.float32:
             return out
         return x + out.to(x.dtype) if end == _PLAIN else out.to(x.dtype)
+
+    def _in_blocks(
+        self, loops: Any, vectors: Tensor, out: Tensor, strengths: np.ndarray, end: int
+    ) -> bool:
+        """A block for each thread at a time; False if a number on the way is not finite."""
+        block = ROWS_AT_ONCE * len(shares(len(vectors), ROWS_AT_ONCE))
+        held = _taken(block, len(self._bias))
+        for first in range(0, len(vectors), block):
+            here = vectors[first : first + block]
+            # whatever the number of threads, of equal shape: another might round in another way
+            for rows, acts in zip(here.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=False):
+                torch.addmm(self._bias, rows, self._encoder, out=acts[: len(rows)])
+            loop = partial(self._loop, loops, held, vectors, out, strengths, end, first)
+            if not all(beside([partial(loop, share) for share in shares(len(here), _SHARE)])):
+                return False
+        if held.numel() <= _HELD:
+            _own.acts = held
+        return True
+
+    def _loop(
+        self,
+        loops: Any,
+        acts: Tensor,
+        vectors: Tensor,
+        out: Tensor,
+        strengths: np.ndarray,
+        end: int,
+        first: int,
+        share: range,
+    ) -> bool:
+        """The compiled loop over a share of `acts`, the first of which is of user `first`."""
+        if strengths.shape[1] > 1:
+            strengths = np.ascontiguousarray(
+                strengths[:, first + share.start : first + share.stop]
+            )
+        done: bool = loops.steered(
+            acts.data_ptr() + share.start * acts.stride(0) * acts.element_size(),
+            vectors.data_ptr(),
+            out.data_ptr(),
+            first + share.start,
+            len(share),
+            len(vectors),
+            strengths,
+            self._sizes,
+            *self._tables,
+            end,
+        )
+        return done
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a transform makes its own: this one knows the memory of the original."""
@@ -156,12 +199,15 @@ class Plan:
 
 
 @torch.inference_mode(False)  # a tensor made under it could not be written to outside
-def _taken(d_sae: int) -> Tensor:
-    """Memory of this thread for pre-activations, which it has not until that is given back."""
+def _taken(rows: int, d_sae: int) -> Tensor:
+    """Memory of this thread for pre-activations, which it has not until that is given back.
+
+    For so many rows at least.
+    """
     held: Tensor | None = getattr(_own, "acts", None)
     _own.acts = None
-    if held is None or held.shape[1] != d_sae:
-        held = torch.empty(ROWS_AT_ONCE, d_sae)
+    if held is None or held.shape[1] != d_sae or len(held) < rows:
+        held = torch.empty(rows, d_sae)
     return held
 
 

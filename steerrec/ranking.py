@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steerrec.beside import beside, shares
 from steerrec.compiled import as_arrays, kernels
 from steerrec.data import Histories
 from steerrec.errors import DataError, ModelError
@@ -148,6 +150,9 @@ def score_chunks(
 INSERTED = 64
 """Lists of at most so many items are made by inserting one after the other."""
 
+_SHARE = 400_000
+"""A thread is given at least so many scores, or handing them over would cost what it saves."""
+
 _NAN = (
     "a score is NaN: the user vectors, the item matrix or its bias hold NaN or infinite values; "
     "check the model's weights and the strength of the steering"
@@ -179,8 +184,12 @@ class Best:
             shape = len(scores), self.k
             self._best = scores.new_full(shape, -torch.inf), items.new_full(shape, -1)
         best = self.values.contiguous(), self.ids.contiguous()
-        done: bool = loops.best(*arrays, items.numpy(), *(part.numpy() for part in best))
-        if not done:
+        values, ids = (part.numpy() for part in best)
+        calls = []
+        for share in shares(len(scores), max(1, _SHARE // len(items))):
+            rows = slice(share.start, share.stop)
+            calls.append(partial(loops.best, arrays[0][rows], items.numpy(), values[rows], ids[rows]))
+        if not all(beside(calls)):
             raise ModelError(_NAN)
         self._best = best
         return True
