@@ -223,7 +223,8 @@ def steered(
     others, places = np.empty(one_more, np.float32), np.empty(one_more, np.int64)  # shifted
     moved, changes = np.empty(width, np.float32), np.zeros(width, np.float32)
     values, nothing = np.empty(len(factors), np.float32), np.zeros(size, np.float32)
-    most = 1 + width + len(terms) * one_more
+    active = k if len(floor) == 0 else width
+    most = len(terms) * (2 * active + 1)  # a shift has what is active before and after, others less
     pieces, weights = np.empty((2, most), np.int64), np.empty((2, most), np.float32)
     turn, waiting, out, onto = 0, -1, nothing, nothing
     for r in range(rows):

@@ -1,12 +1,38 @@
-"""Ratios of times that a busy machine spoils least: taken in turns, best and middle of many."""
+"""Ratios of times that a busy machine spoils least: taken in turns, and compared within a round.
+
+What else runs on a machine changes from second to second, hardly within the milliseconds of a
+round. So a ratio is the median over the rounds of what a function took in a round divided by what
+the first one took in the same, with an interval from resampling the rounds.
+"""
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 
 
+class Timing(NamedTuple):
+    """Seconds of one function, and how they compare with the first one's.
+
+    Attributes
+    ----------
+    best, median
+        Of all rounds, in seconds.
+    ratio
+        Median over the rounds of its time divided by the first function's of the same round.
+    low, high
+        90 % of what the ratio is when rounds are drawn with replacement.
+    """
+
+    best: float
+    median: float
+    ratio: float
+    low: float
+    high: float
+
+
 def compare(named, *, rounds, clock=time.perf_counter):
-    """Seconds of each function, called in turns.
+    """Seconds of each function, called in turns that begin with another one each round.
 
     Parameters
     ----------
@@ -20,24 +46,29 @@ def compare(named, *, rounds, clock=time.perf_counter):
     Returns
     -------
     dict
-        For each name ``(best, median)`` in seconds.
+        A `Timing` for each name.
     """
-    taken = {name: [] for name in named}
-    for turn in range(rounds + 2):
-        for name, function in named.items():
+    names, taken = list(named), np.empty((rounds, len(named)))
+    for turn in range(-2, rounds):
+        for step in range(len(names)):
+            place = (turn + step) % len(names)
             start = clock()
-            function()
-            if turn >= 2:
-                taken[name].append(clock() - start)
-    return {name: (float(np.min(t)), float(np.median(t))) for name, t in taken.items()}
+            named[names[place]]()
+            if turn >= 0:
+                taken[turn, place] = clock() - start
+    ratios = taken / taken[:, :1]
+    drawn = np.random.default_rng(0).integers(rounds, size=(1000, rounds))
+    low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.05, 0.95], axis=0)
+    columns = taken.min(axis=0), np.median(taken, axis=0), np.median(ratios, axis=0), low, high
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return {name: Timing(*row) for name, row in zip(names, rows, strict=True)}
 
 
 def show(title, found):
-    """Print a table: milliseconds, and ratios to the first row, of the best and of the median."""
-    (best, median), *_ = found.values()
+    """Print a table: ratios to the first row within rounds, and milliseconds."""
     print(f"\n{title}")  # noqa: T201
-    for name, (least, middle) in found.items():
+    for name, timing in found.items():
         print(  # noqa: T201
-            f"  {name:<44} {1e3 * least:9.3f} ms best {least / best:6.3f}   "
-            f"{1e3 * middle:9.3f} ms median {middle / median:6.3f}"
+            f"  {name:<44} {timing.ratio:6.3f} ({timing.low:.3f} to {timing.high:.3f})   "
+            f"{1e3 * timing.best:9.3f} ms best {1e3 * timing.median:9.3f} ms median"
         )

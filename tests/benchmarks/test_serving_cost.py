@@ -67,7 +67,7 @@ def histories(batch):
     return ids * (torch.arange(LENGTH) < lengths)
 
 
-@pytest.mark.parametrize(("batch", "rounds"), [(256, 40), (1, 400)])
+@pytest.mark.parametrize(("batch", "rounds"), [(256, 100), (1, 1000)])
 @pytest.mark.parametrize("items", [ITEMS, 1_000_000], ids="{:,} items".format)
 def test_forward_scores_and_lists(sae, steering, batch, rounds, items):
     """Bare and steered: forward, scores of the whole catalogue, ten best."""
@@ -75,7 +75,7 @@ def test_forward_scores_and_lists(sae, steering, batch, rounds, items):
     bare, steered = host(), host()
     steered.load_state_dict(bare.state_dict(), assign=True)  # one memory: none is colder in a cache
     head = ItemHead(bare.item_matrix if items == ITEMS else randn(items, WIDTH, seed=5))
-    rounds = rounds if items == ITEMS else max(5, rounds // 20)
+    rounds = rounds if items == ITEMS else rounds // 5
 
     def vectors(model):
         last = -1 if batch == 1 else (ids != 0).sum(dim=1).clamp_min(1) - 1
@@ -97,7 +97,7 @@ def test_forward_scores_and_lists(sae, steering, batch, rounds, items):
     show(f"forward, scores and ten best of {items:,} items, batch {batch}", found)
 
 
-@pytest.mark.parametrize(("batch", "rounds"), [(256, 40), (1, 400)])
+@pytest.mark.parametrize(("batch", "rounds"), [(256, 100), (1, 1000)])
 def test_the_host_beside_the_fastest_forward_known(batch, rounds):
     ids, fast, full = histories(batch), host(), host(newest_only=False)
     named = {
@@ -110,7 +110,7 @@ def test_the_host_beside_the_fastest_forward_known(batch, rounds):
     show(f"forward and scores of {ITEMS:,} items, batch {batch}", found)
 
 
-@pytest.mark.parametrize(("batch", "rounds"), [(256, 100), (1, 1000)])
+@pytest.mark.parametrize(("batch", "rounds"), [(256, 300), (1, 2000)])
 def test_the_transform_beside_encoder_and_topk(sae, steering, batch, rounds):
     x = randn(batch, WIDTH, seed=3)
     bias = sae.b_enc - sae.b_dec @ sae.W_enc
@@ -131,7 +131,7 @@ def test_a_sweep_of_ten_strengths(sae, steering):
         "one strength after another": lambda: [transform(x, alpha) for alpha in alphas],
         "base selection shared": lambda: list(steered_at(x, transform, alphas)),
     }
-    found = compare(named, rounds=8, clock=CLOCK)
+    found = compare(named, rounds=20, clock=CLOCK)
     for one, other in zip(*(function() for function in named.values()), strict=True):
         assert torch.equal(one, other)
     show("1,024 users at ten strengths", found)
