@@ -131,10 +131,22 @@ class Plan:
             vectors, end = x.to(torch.float32), _PLAIN if end == _ADDED else end
         if not vectors.is_contiguous():
             vectors = vectors.contiguous()
-        out = torch.empty(len(strengths), *vectors.shape)
-        if len(vectors) <= _FEW:
+        batch, width = vectors.shape  # once: asking a tensor takes its time
+        out = torch.empty(len(strengths), batch, width)
+        if batch <= _FEW:
             acts = torch.addmm(self._bias, vectors, self._encoder)
-            done = self._loop(loops, acts, vectors, out, strengths, end, 0, range(len(vectors)))
+            done = loops.steered(
+                acts.data_ptr(),
+                vectors.data_ptr(),
+                out.data_ptr(),
+                0,
+                batch,
+                batch,
+                strengths,
+                self._sizes,
+                *self._tables,
+                end,
+            )
         else:
             done = self._in_blocks(loops, vectors, out, strengths, end)
         if not done:
@@ -147,49 +159,38 @@ class Plan:
         self, loops: Any, vectors: Tensor, out: Tensor, strengths: np.ndarray, end: int
     ) -> bool:
         """A block for each thread at a time; False if a number on the way is not finite."""
-        block = ROWS_AT_ONCE * len(shares(len(vectors), ROWS_AT_ONCE))
+        batch = len(vectors)
+        block = ROWS_AT_ONCE * len(shares(batch, ROWS_AT_ONCE))
         held = _taken(block, len(self._bias))
-        for first in range(0, len(vectors), block):
+        row = held.stride(0) * held.element_size()
+
+        def steer(first: int, share: range) -> bool:
+            start, stop = first + share.start, first + share.stop
+            each = strengths.shape[1] > 1
+            done: bool = loops.steered(
+                held.data_ptr() + share.start * row,
+                vectors.data_ptr(),
+                out.data_ptr(),
+                start,
+                len(share),
+                batch,
+                np.ascontiguousarray(strengths[:, start:stop]) if each else strengths,
+                self._sizes,
+                *self._tables,
+                end,
+            )
+            return done
+
+        for first in range(0, batch, block):
             here = vectors[first : first + block]
             # whatever the number of threads, of equal shape: another might round in another way
             for rows, acts in zip(here.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=False):
                 torch.addmm(self._bias, rows, self._encoder, out=acts[: len(rows)])
-            loop = partial(self._loop, loops, held, vectors, out, strengths, end, first)
-            if not all(beside([partial(loop, share) for share in shares(len(here), _SHARE)])):
+            if not all(beside([partial(steer, first, share) for share in shares(len(here), _SHARE)])):
                 return False
         if held.numel() <= _HELD:
             _own.acts = held
         return True
-
-    def _loop(
-        self,
-        loops: Any,
-        acts: Tensor,
-        vectors: Tensor,
-        out: Tensor,
-        strengths: np.ndarray,
-        end: int,
-        first: int,
-        share: range,
-    ) -> bool:
-        """The compiled loop over a share of `acts`, the first of which is of user `first`."""
-        if strengths.shape[1] > 1:
-            strengths = np.ascontiguousarray(
-                strengths[:, first + share.start : first + share.stop]
-            )
-        done: bool = loops.steered(
-            acts.data_ptr() + share.start * acts.stride(0) * acts.element_size(),
-            vectors.data_ptr(),
-            out.data_ptr(),
-            first + share.start,
-            len(share),
-            len(vectors),
-            strengths,
-            self._sizes,
-            *self._tables,
-            end,
-        )
-        return done
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a transform makes its own: this one knows the memory of the original."""
