@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,7 @@ def shares(rows: int, least: int) -> list[range]:
     """Rows 0 to `rows` in as many shares as there are threads, of `least` rows or more each."""
     number = max(1, min(torch.get_num_threads(), _MOST, rows // least))
     bounds = [rows * n // number for n in range(number + 1)]
-    return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [range(*pair) for pair in pairwise(bounds)]
 
 
 def beside(calls: Sequence[Call[Result]]) -> list[Result]:

@@ -17,7 +17,6 @@ from steerrec.handles import hook_method
 from steerrec.nested import describe, get_in, tensors_in
 from steerrec.sites import Lengths, RealMask, Site, TokenIds, get_module
 
-
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 
@@ -238,9 +237,7 @@ class Forwards:
         if kwargs or not all(isinstance(value, Tensor) for value in args):
             given = tuple(tensor for _, tensor in tensors_in((args, kwargs)))
         candidates = [
-            tensor
-            for tensor in given
-            if tensor.ndim == axes and tensor.dtype in _INTEGERS
+            tensor for tensor in given if tensor.ndim == axes and tensor.dtype in _INTEGERS
         ]
         if len(candidates) > 1 and isinstance(source, TokenIds):
             raise SiteError(

@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
+from numba.np.numpy_support import carray as _carray
 from numpy.typing import NDArray
 
-from steerrec.lanes import LANES, lowest, reaching
+from steerrec.lanes import LANES, at_address, lowest, reaching
+
+carray: Any = _carray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = NDArray[np.float32]
@@ -38,6 +41,12 @@ def _compiled(
         return compiled
 
     return decorate
+
+
+@_compiled()
+def _vector(address: int, length: int) -> Any:
+    """The float32 numbers at an address."""
+    return carray(at_address(address), (length,), np.float32)
 
 
 # Loops count their index: over values themselves they would not be vectorised.

@@ -7,7 +7,6 @@ tensor that was exchanged (by moving the module, say) is noticed by its address.
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +24,11 @@ if TYPE_CHECKING:
     from steerrec.terms import Factor, Operand
 
 ROWS_AT_ONCE = 128
-"""On a CPU a thread steers so many user vectors at once: their pre-activations stay in its cache."""
+"""On a CPU torch steers so many user vectors at once: their pre-activations stay in its cache."""
 
 _SHARE = 32
 """A thread is given at least so many, or handing them over would cost what it saves."""
 
-_FEW = 8
-"""The pre-activations of so few users are in memory that is allocated in no time."""
-_HELD = 4_000_000
-"""A thread keeps at most so many pre-activations: fresh memory costs as much as half of them."""
-_own = threading.local()
 _LARGEST = float(np.finfo(np.float32).max)
 _ADDED, _PLAIN, _REPLACED = range(3)
 
@@ -62,8 +56,8 @@ class Plan:
         sae, replaces, terms = transform.sae, transform.step.replaces, transform.step.terms()
         self.usable = False
         self._last = 0.0, np.zeros((1, 1), np.float32)
-        encoder, bias = self._tensor((sae, "W_enc")), self._tensor((transform, "bias"))
-        whole = [self._tensor((sae, "W_dec")), self._tensor((sae, "b_dec"))]
+        whole = [self._tensor((sae, "W_enc")), self._tensor((transform, "bias"))]
+        whole += [self._tensor((sae, "W_dec")), self._tensor((sae, "b_dec"))]
         if sae.threshold is not None:
             whole.append(self._tensor((sae, "threshold")))
         factors: dict[int, tuple[Factor, list[Tensor]]] = {}
@@ -75,14 +69,12 @@ class Plan:
                     operands = [self._tensor(operand) for operand in factor.operands]
                     factors[id(factor)] = factor, operands
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        fit = [_fits(tensor) for tensor in self._tensors if tensor is not encoder]
-        if terms is None or not all(fit) or not _is_plain(encoder):
+        if terms is None or not all(map(_fits, self._tensors)):
             return
         self.usable = True
         self.width, self._end = sae.d_in, _REPLACED if replaces else _ADDED
-        self._encoder, self._bias = encoder.detach(), bias.detach()
         at = [tensor.data_ptr() for tensor in whole]
-        self._sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (3 - len(at))])
+        self._sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (5 - len(at))])
         numbers, uses, rows = list(factors), list[int](), []
         for term, operands in laid_out:
             start = len(uses)
@@ -131,85 +123,31 @@ class Plan:
             vectors, end = x.to(torch.float32), _PLAIN if end == _ADDED else end
         if not vectors.is_contiguous():
             vectors = vectors.contiguous()
-        batch, width = vectors.shape  # once: asking a tensor takes its time
+        batch, width = vectors.shape
         out = torch.empty(len(strengths), batch, width)
-        if batch <= _FEW:
-            acts = torch.addmm(self._bias, vectors, self._encoder)
-            done = loops.steered(
-                acts.data_ptr(),
-                vectors.data_ptr(),
-                out.data_ptr(),
-                0,
-                batch,
-                batch,
-                strengths,
-                self._sizes,
-                *self._tables,
-                end,
-            )
+        places = vectors.data_ptr(), out.data_ptr()
+        tables, each = (self._sizes, *self._tables, end), strengths.shape[1] > 1
+
+        def steer(rows: range) -> bool:
+            here = np.ascontiguousarray(strengths[:, rows.start : rows.stop]) if each else strengths
+            done: bool = loops.steered(*places, rows.start, len(rows), batch, here, *tables)
+            return done
+
+        if batch < 2 * _SHARE:
+            done = steer(range(batch))
         else:
-            done = self._in_blocks(loops, vectors, out, strengths, end)
+            done = all(beside([partial(steer, rows) for rows in shares(batch, _SHARE)]))
         if not done:
             return None
         if x.dtype is torch.float32:
             return out
         return x + out.to(x.dtype) if end == _PLAIN else out.to(x.dtype)
 
-    def _in_blocks(
-        self, loops: Any, vectors: Tensor, out: Tensor, strengths: np.ndarray, end: int
-    ) -> bool:
-        """A block for each thread at a time; False if a number on the way is not finite."""
-        batch = len(vectors)
-        block = ROWS_AT_ONCE * len(shares(batch, ROWS_AT_ONCE))
-        held = _taken(block, len(self._bias))
-        row = held.stride(0) * held.element_size()
-
-        def steer(first: int, share: range) -> bool:
-            start, stop = first + share.start, first + share.stop
-            each = strengths.shape[1] > 1
-            done: bool = loops.steered(
-                held.data_ptr() + share.start * row,
-                vectors.data_ptr(),
-                out.data_ptr(),
-                start,
-                len(share),
-                batch,
-                np.ascontiguousarray(strengths[:, start:stop]) if each else strengths,
-                self._sizes,
-                *self._tables,
-                end,
-            )
-            return done
-
-        for first in range(0, batch, block):
-            here = vectors[first : first + block]
-            # whatever the number of threads, of equal shape: another might round in another way
-            for rows, acts in zip(here.split(ROWS_AT_ONCE), held.split(ROWS_AT_ONCE), strict=False):
-                torch.addmm(self._bias, rows, self._encoder, out=acts[: len(rows)])
-            if not all(beside([partial(steer, first, share) for share in shares(len(here), _SHARE)])):
-                return False
-        if held.numel() <= _HELD:
-            _own.acts = held
-        return True
-
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a transform makes its own: this one knows the memory of the original."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-@torch.inference_mode(False)  # a tensor made under it could not be written to outside
-def _taken(rows: int, d_sae: int) -> Tensor:
-    """Memory of this thread for pre-activations, which it has not until that is given back.
-
-    For so many rows at least.
-    """
-    held: Tensor | None = getattr(_own, "acts", None)
-    _own.acts = None
-    if held is None or held.shape[1] != d_sae or len(held) < rows:
-        held = torch.empty(rows, d_sae)
-    return held
 
 
 def planned(transform: SteerTransform, x: Tensor) -> tuple[Plan, Any] | None:
@@ -263,10 +201,6 @@ def _row_of(factor: Factor, operands: list[Tensor]) -> list[int]:
     return [FACTORS.index(factor.kind), *places]
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
-    return plain and tensor.dtype is torch.float32
-
-
 def _fits(tensor: Tensor) -> bool:
-    return _is_plain(tensor) and tensor.is_contiguous()
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+    return plain and tensor.dtype is torch.float32 and tensor.is_contiguous()

@@ -188,7 +188,9 @@ class Best:
         calls = []
         for share in shares(len(scores), max(1, _SHARE // len(items))):
             rows = slice(share.start, share.stop)
-            calls.append(partial(loops.best, arrays[0][rows], items.numpy(), values[rows], ids[rows]))
+            calls.append(
+                partial(loops.best, arrays[0][rows], items.numpy(), values[rows], ids[rows])
+            )
         if not all(beside(calls)):
             raise ModelError(_NAN)
         self._best = best

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba.np.numpy_support import carray as _carray
 
+from steerrec.encoder_kernels import _encode
 from steerrec.kernels import (
     Floats,
     Indices,
@@ -20,21 +20,15 @@ from steerrec.kernels import (
     _listed,
     _room,
     _select,
+    _vector,
     _width_of_maxima,
 )
-from steerrec.lanes import LANES, above, at_address, fetch
-
-carray: Any = _carray
+from steerrec.lanes import LANES, ROWS, above, fetch
 
 _SHIFT, _RESPONSE = range(2)  # of `terms.TERMS`
 _NUMBER, _NEURON = range(2)  # of `terms.FACTORS`
 _ADDED, _PLAIN, _REPLACED = range(3)
 """What becomes of the sum: the vector is added, nothing is, or the decoder bias is."""
-
-
-@_compiled()
-def _vector(address: int, length: int) -> Any:
-    return carray(at_address(address), (length,), np.float32)
 
 
 @_compiled(fastmath={"reassoc", "contract"})
@@ -162,11 +156,10 @@ def _finish(out: Floats, onto: Floats, pieces: Any, weights: Floats, count: int)
 
 
 @_compiled(
-    "boolean(int64, int64, int64, int64, int64, int64, float32[:, ::1], int64[::1], "
+    "boolean(int64, int64, int64, int64, int64, float32[:, ::1], int64[::1], "
     "int64[:, ::1], int64[::1], int64[:, ::1], float32[::1], int64)"
 )
 def steered(
-    acts_at: int,
     vectors_at: int,
     out_at: int,
     first: int,
@@ -184,16 +177,16 @@ def steered(
 
     Parameters
     ----------
-    acts_at, vectors_at, out_at
-        Where they are: pre-activations of these rows [R, d_sae], the vectors of all users [B, H],
-        and where the steered ones go, [A, B, H].
+    vectors_at, out_at
+        Where the vectors of all users are, [B, H], and where the steered ones go, [A, B, H].
     first, rows, batch
-        Number of the first of the rows; how many they are, R; B.
+        Number of the first of the rows to steer; how many they are, R; B.
     strengths
         [A, R], or [A, 1] for all rows.
     sizes
-        d_sae, H, k (0 if unknown), and where the decoder [d_sae, H], its bias [H] and the
-        thresholds [d_sae] are, 0 where there are none and the k largest are active.
+        d_sae, H, k (0 if unknown), and where these are: encoder [H, d_sae], its bias (that of the
+        decoder taken into it) [d_sae], decoder [d_sae, H], its bias [H], and the thresholds
+        [d_sae], 0 where there are none and the k largest are active.
     terms
         A row each, int64 [T, 7]: kind, where its up to four operands are, and which of `uses` are
         its factors, from and to.
@@ -212,11 +205,12 @@ def steered(
     bool
         False, with nothing of use in the output, if a number on the way is not finite.
     """
-    width, size, k, decoder, batched = sizes[0], sizes[1], sizes[2], sizes[3], len(strengths[0]) > 1
+    width, size, k, decoder, batched = sizes[0], sizes[1], sizes[2], sizes[5], len(strengths[0]) > 1
     length = 4 * size  # of a vector, in bytes
-    floor = np.empty(width if sizes[5] != 0 else 0, np.float32)
+    acts, padded = np.empty((ROWS, width), np.float32), np.zeros(ROWS * size, np.float32)
+    floor = np.empty(width if sizes[7] != 0 else 0, np.float32)
     for j in range(len(floor)):
-        floor[j] = max(_vector(sizes[5], width)[j], np.float32(0))
+        floor[j] = max(_vector(sizes[7], width)[j], np.float32(0))
     maxima = np.empty(_width_of_maxima(width, k), np.float32)
     bits, one_more = _room(width), width + 1
     entries, indices = np.empty(one_more, np.float32), np.empty(one_more, np.int64)  # unsteered
@@ -228,8 +222,10 @@ def steered(
     pieces, weights = np.empty((2, most), np.int64), np.empty((2, most), np.float32)
     turn, waiting, out, onto = 0, -1, nothing, nothing
     for r in range(rows):
-        row, count, known = _vector(acts_at + 4 * r * width, width), 0, False
-        x = _vector(vectors_at + (first + r) * length, size)
+        at = vectors_at + (first + r) * length
+        if r % ROWS == 0:
+            _encode(at, min(ROWS, rows - r), size, sizes[3], sizes[4], acts, padded)
+        row, x, count, known = acts[r % ROWS], _vector(at, size), 0, False
         if not _is_finite(row):
             return False
         for a in range(len(strengths)):
@@ -284,5 +280,5 @@ def steered(
             out = _vector(out_at + (a * batch + first + r) * length, size)
             onto = x if end == _ADDED else nothing
             if end == _REPLACED:
-                onto = _vector(sizes[4], size)
+                onto = _vector(sizes[6], size)
     return waiting < 0 or _finish(out, onto, pieces[1 - turn], weights[1 - turn], waiting)
