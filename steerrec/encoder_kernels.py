@@ -15,6 +15,7 @@ from steerrec.kernels import Floats, _compiled, _vector
 from steerrec.lanes import COLUMNS, ROW_COLUMNS, ROWS, few_rows, one_row
 
 _FEW = 3  # so many rows take as long as `ROWS`
+_SIDE_BY_SIDE = 8  # as many as the processor foresees
 
 
 @_compiled()
@@ -34,24 +35,42 @@ def _encode(
     padded
         Room for ROWS vectors.
     """
-    width, at = out.shape[1], np.int64(out.ctypes.data)
     if rows < _FEW:
-        whole = width - width % ROW_COLUMNS
         for r in range(rows):
-            for j in range(0, whole, ROW_COLUMNS):
-                place = at + 4 * (r * width + j)
-                one_row(x + 4 * r * size, size, encoder + 4 * j, width, bias + 4 * j, place)
-    else:
-        whole, here = width - width % COLUMNS, x
-        if rows < ROWS:
-            vectors, here = _vector(x, rows * size), np.int64(padded.ctypes.data)
-            for i in range(rows * size):
-                padded[i] = vectors[i]
-        for j in range(0, whole, COLUMNS):
-            few_rows(here, size, encoder + 4 * j, width, bias + 4 * j, at + 4 * j)
+            _encode_one(x + 4 * r * size, size, encoder, bias, out[r])
+        return
+    here, width, at = x, out.shape[1], np.int64(out.ctypes.data)
+    if rows < ROWS:
+        vectors, here = _vector(x, rows * size), np.int64(padded.ctypes.data)
+        for i in range(rows * size):
+            padded[i] = vectors[i]
+    whole = width - width % COLUMNS
+    for j in range(0, whole, COLUMNS):
+        few_rows(here, size, encoder + 4 * j, width, bias + 4 * j, at + 4 * j)
+    for r in range(rows if whole < width else 0):
+        _encode_rest(x + 4 * r * size, size, encoder, bias, whole, out[r])
+
+
+@_compiled()
+def _encode_one(x: int, size: int, encoder: int, bias: int, out: Floats) -> None:
+    """The pre-activations of one vector.
+
+    All that this takes is to read the encoder, so it is read as it lies in memory, several of its
+    rows side by side.
+    """
+    width, at = len(out), np.int64(out.ctypes.data)
+    whole = width - width % ROW_COLUMNS
+    for j in range(whole):
+        out[j] = np.float32(0)
+    for i in range(0, size, _SIDE_BY_SIDE):
+        here, first = x + 4 * i, encoder + 4 * i * width
+        for j in range(0, whole, ROW_COLUMNS):
+            one_row(here, min(_SIDE_BY_SIDE, size - i), first + 4 * j, width, 0, at + 4 * j)
+    biases = _vector(bias, width)
+    for j in range(whole):
+        out[j] += biases[j]
     if whole < width:
-        for r in range(rows):
-            _encode_rest(x + 4 * r * size, size, encoder, bias, whole, out[r])
+        _encode_rest(x, size, encoder, bias, whole, out)
 
 
 @_compiled(fastmath={"contract"})

@@ -91,8 +91,11 @@ def _fetch(_: Any, address: Any) -> Any:
     return types.void(address), generate
 
 
-def _products(rows: int, vectors: int) -> Any:
-    """Make `products` for so many rows, and columns of so many registers."""
+def _products(rows: int, vectors: int, *, onto: bool = False) -> Any:
+    """Make `products` for so many rows, and columns of so many registers.
+
+    With `onto` the products are added to what is in `out`, and the bias is not.
+    """
 
     def products(_: Any, x: Any, depth: Any, matrix: Any, width: Any, bias: Any, out: Any) -> Any:
         """Write ``x @ matrix + bias`` for a few rows and columns, all of float32.
@@ -115,13 +118,21 @@ def _products(rows: int, vectors: int) -> Any:
             below, across = (
                 builder.mul(length, ir.Constant(number, 4)) for length in (depth, width)
             )
+            kind = ir.VectorType(ir.FloatType(), _FLOATS)
+            places = [
+                builder.add(out, builder.mul(across, ir.Constant(number, r))) for r in range(rows)
+            ]
+            first = [[ir.Constant(kind, [0.0] * _FLOATS)] * vectors] * rows
+            if onto:
+                first = [
+                    [_load(builder, kind, place, v) for v in range(vectors)] for place in places
+                ]
             before = builder.block
             loop = builder.append_basic_block("products")
             after = builder.append_basic_block("products.end")
             builder.branch(loop)
             builder.position_at_end(loop)
             left, at_x, at_matrix = builder.phi(number), builder.phi(number), builder.phi(number)
-            kind = ir.VectorType(ir.FloatType(), _FLOATS)
             sums = [[builder.phi(kind) for _ in range(vectors)] for _ in range(rows)]
             there = [_load(builder, kind, at_matrix, v) for v in range(vectors)]
             added = []
@@ -141,19 +152,18 @@ def _products(rows: int, vectors: int) -> Any:
                 (at_x, x, builder.add(at_x, ir.Constant(number, 4))),
                 (at_matrix, matrix, builder.add(at_matrix, across)),
             ]
-            nothing = ir.Constant(kind, [0.0] * _FLOATS)
             for r in range(rows):
-                steps += [(sums[r][v], nothing, added[r][v]) for v in range(vectors)]
-            for phi, first, following in steps:
-                phi.add_incoming(first, before)
+                steps += list(zip(sums[r], first[r], added[r], strict=True))
+            for phi, start, following in steps:
+                phi.add_incoming(start, before)
                 phi.add_incoming(following, loop)
             more = builder.icmp_signed(">", next_left, ir.Constant(number, 0))
             builder.cbranch(more, loop, after)
             builder.position_at_end(after)
-            for r in range(rows):
-                place = builder.add(out, builder.mul(across, ir.Constant(number, r)))
-                for v in range(vectors):
-                    total = builder.fadd(added[r][v], _load(builder, kind, bias, v))
+            for place, row in zip(places, added, strict=True):
+                for v, total in enumerate(row):
+                    if not onto:
+                        total = builder.fadd(total, _load(builder, kind, bias, v))
                     builder.store(total, _pointer(builder, kind, place, v), align=4)
             return context.get_dummy_value()
 
@@ -192,4 +202,4 @@ lowest: Any = intrinsic(_lowest)
 at_address: Any = intrinsic(_at_address)
 fetch: Any = intrinsic(_fetch)
 few_rows: Any = intrinsic(_products(ROWS, _BESIDE))
-one_row: Any = intrinsic(_products(1, 4 * _BESIDE))
+one_row: Any = intrinsic(_products(1, 4 * _BESIDE, onto=True))

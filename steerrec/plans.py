@@ -74,7 +74,7 @@ class Plan:
         self.usable = True
         self.width, self._end = sae.d_in, _REPLACED if replaces else _ADDED
         at = [tensor.data_ptr() for tensor in whole]
-        self._sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (5 - len(at))])
+        sizes = np.array([sae.d_sae, sae.d_in, sae.k or 0, *at, *[0] * (5 - len(at))])
         numbers, uses, rows = list(factors), list[int](), []
         for term, operands in laid_out:
             start = len(uses)
@@ -83,6 +83,7 @@ class Plan:
             places += [0] * (4 - len(places))
             rows.append([TERMS.index(term.kind), *places, start, len(uses)])
         self._tables = (
+            sizes,
             np.array(rows, np.int64).reshape(-1, 7),
             np.array(uses, np.int64),
             np.array([_row_of(*each) for each in factors.values()], np.int64).reshape(-1, 3),
@@ -114,9 +115,10 @@ class Plan:
         return any(where[name].requires_grad for where, name in self._places)
 
     def steered(self, loops: Any, x: Tensor, strengths: np.ndarray) -> Tensor | None:
-        """Vectors [B, H] at strengths [A, B] or [A, 1]: [A, B, H], or None if torch has to do it.
+        """Vectors [B, H] at contiguous strengths [A, B] or [A, 1]: [A, B, H].
 
-        In the dtype of the vectors; torch has to if a number on the way is not finite.
+        In the dtype of the vectors; None, since torch has to do it, if a number on the way is not
+        finite.
         """
         vectors, end = x, self._end
         if x.dtype is not torch.float32:
@@ -125,17 +127,18 @@ class Plan:
             vectors = vectors.contiguous()
         batch, width = vectors.shape
         out = torch.empty(len(strengths), batch, width)
-        places = vectors.data_ptr(), out.data_ptr()
-        tables, each = (self._sizes, *self._tables, end), strengths.shape[1] > 1
-
-        def steer(rows: range) -> bool:
-            here = np.ascontiguousarray(strengths[:, rows.start : rows.stop]) if each else strengths
-            done: bool = loops.steered(*places, rows.start, len(rows), batch, here, *tables)
-            return done
-
+        places, tables = (vectors.data_ptr(), out.data_ptr()), (*self._tables, end)
         if batch < 2 * _SHARE:
-            done = steer(range(batch))
+            done = loops.steered(*places, 0, batch, batch, strengths, *tables)
         else:
+            each = strengths.shape[1] > 1
+
+            def steer(rows: range) -> bool:
+                own = strengths[:, rows.start : rows.stop] if each else strengths
+                own = np.ascontiguousarray(own)
+                done: bool = loops.steered(*places, rows.start, len(rows), batch, own, *tables)
+                return done
+
             done = all(beside([partial(steer, rows) for rows in shares(batch, _SHARE)]))
         if not done:
             return None
@@ -182,7 +185,7 @@ def steered(transform: SteerTransform, x: Tensor, strength: float | Tensor) -> T
     if isinstance(strength, Tensor):
         if not has_values(strength) or (strength.requires_grad and torch.is_grad_enabled()):
             return None
-        strengths = strength.detach().numpy().reshape(1, -1)
+        strengths = np.ascontiguousarray(strength.detach().numpy().reshape(1, -1))
     elif abs(strength) > _LARGEST:
         return None
     else:
