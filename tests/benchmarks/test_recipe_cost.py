@@ -1,10 +1,12 @@
 """What a recipe of each kind costs beside the PopSteer rule: rounds in turn, in one run.
 
 A number of the group is comparable with the others of the group only. `test_ratios` measures all
-kinds in turn, by the CPU time of this process, and prints how many times the rule's each takes.
+kinds in turn, by the CPU time of this process on one thread, and prints how many times the rule's
+each takes.
 """
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from steerrec.autoencoder import SparseAutoencoder
 from steerrec.gates import NeuronGate, TasteGate, gated
 from steerrec.operations import LatentSteering, ResponseSteering
 from steerrec.steering import Steering
+
+from .interleaved import compare, show
 
 WIDTH, LATENTS, K = 64, 4096, 32  # the SAE of the ML-1M experiment
 
@@ -37,17 +41,6 @@ RECIPES = {
 }
 
 
-def cpu_seconds(transforms, x, rounds):
-    """The least CPU time of each, of rounds in turn."""
-    best = dict.fromkeys(transforms, float("inf"))
-    for _ in range(rounds):
-        for name, transform in transforms.items():
-            started = time.process_time()
-            transform(x)
-            best[name] = min(best[name], time.process_time() - started)
-    return best
-
-
 @pytest.mark.benchmark(group="steer 1,024 user vectors by any recipe")
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(benchmark, name):
@@ -62,15 +55,14 @@ def test_ratios(users, capsys):
     """No time is asserted but what even a busy machine cannot hide: twice the rule's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    transforms = {name: recipe.transform(SAE) for name, recipe in RECIPES.items()}
-    x = randn(users, WIDTH, seed=4)
+    x, named = randn(users, WIDTH, seed=4), {}
+    for name, recipe in RECIPES.items():
+        named[name] = partial(recipe.transform(SAE), x)
     with torch.no_grad():
-        cpu_seconds(transforms, x, 3)
-        found = cpu_seconds(transforms, x, {1: 2000, 128: 150, 1024: 25}[users])
+        rounds = {1: 4000, 128: 400, 1024: 60}[users]
+        found = compare(named, rounds=rounds, clock=time.process_time)
     torch.set_num_threads(threads)
     with capsys.disabled():
-        print(f"\n{users} user vectors, CPU time as a multiple of the rule's:")  # noqa: T201
-        for name, seconds in found.items():
-            print(f"  {name:36} {seconds / found['rule']:.2f}  ({1e6 * seconds:,.0f} us)")  # noqa: T201
+        show(f"{users} user vectors, CPU time as a multiple of the rule's", found)
     if users > 1:
-        assert max(found.values()) < 2 * found["rule"]
+        assert max(timing.ratio for timing in found.values()) < 2
