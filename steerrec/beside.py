@@ -1,23 +1,24 @@
 """Parts of one job in several threads: for compiled loops, which run without Python's lock.
 
-As many threads as torch is set to use, `torch.get_num_threads()`: where that is 1, as it is in the
-workers of most servers, nothing here starts a thread.
+As many threads as torch is set to use, `torch.get_num_threads()`: where that is 1, none is started.
+What the parts read and write is in use until all have ended, whatever happens meanwhile; so nothing
+here returns before, on Ctrl-C neither.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
-Call = Callable[[], Result]
 
-_MOST = 64
+_MOST = max(1, min(64, os.cpu_count() or 1))
 """At most so many threads, whatever torch is set to use."""
 
 _pool: ThreadPoolExecutor | None = None
@@ -30,40 +31,80 @@ def shares(rows: int, least: int) -> list[range]:
     return [range(*pair) for pair in pairwise(bounds)]
 
 
-def beside(calls: Sequence[Call[Result]]) -> list[Result]:
+def beside(calls: Sequence[Callable[[], Result]]) -> list[Result]:
     """What the calls return; they run at the same time, the first in this thread.
 
-    A call that no thread has begun when this one is done with its own is made here. All have ended
-    when this returns, or raises what the first of those that failed raised.
+    A call that no thread has begun when this one is done with its own is made here. All have ended,
+    or will never begin, when this returns, or raises what the first of those that failed raised.
     """
-    futures = [_begun(call) for call in calls[1:]]
+    turns = [_Turn(call) for call in calls]
     try:
-        found = [calls[0]()]
-    except BaseException:
-        for future in futures:
-            if future is not None and not future.cancel():
-                future.exception()
-        raise
-    failed: BaseException | None = None
-    for call, future in zip(calls[1:], futures, strict=True):
+        for turn in turns[1:]:
+            _hand_over(turn)
+        for turn in turns:
+            turn.take(turns)
+    finally:
+        _wait(turns)
+    return [turn.outcome() for turn in turns]
+
+
+class _Turn(Generic[Result]):
+    """A call that is made once, by whoever is the first to take it."""
+
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._call = call
+        self._taken: dict[None, object] = {}  # setdefault is one step: who takes it, has it
+        self._found: list[Result] = []
+        self._error: BaseException | None = None
+        self._ended = False
+        self._end = threading.Lock()
+        self._end.acquire()
+
+    def take(self, who: object = None) -> None:
+        """Make the call, unless somebody has taken it."""
+        who = object() if who is None else who
+        if self._taken.setdefault(None, who) is not who:
+            return
         try:
-            found.append(call() if future is None or future.cancel() else future.result())
+            self._found.append(self._call())
         except BaseException as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-    return found
+            self._error = error
+        finally:
+            self._ended = True
+            self._end.release()
+
+    def wait(self, who: object) -> None:
+        """Until the call has ended, or will never be made since nobody else has taken it."""
+        if self._taken.setdefault(None, who) is who:
+            return
+        while not self._ended:
+            self._end.acquire(timeout=1)
+
+    def outcome(self) -> Result:
+        """What the call returned, or raise what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._found[0]
 
 
-def _begun(call: Call[Result]) -> Future[Result] | None:
-    """The call handed to another thread, or None where there is none to be had."""
+def _wait(turns: list[_Turn[Result]]) -> None:
+    try:
+        for turn in turns:
+            turn.wait(turns)
+    except BaseException:  # Ctrl-C: that has to wait
+        _wait(turns)
+        raise
+
+
+def _hand_over(turn: _Turn[Result]) -> None:
+    """Let another thread take it, if there is one to be had."""
     global _pool
     try:
         if _pool is None:
             _pool = ThreadPoolExecutor(_MOST, thread_name_prefix="steerrec")
-        return _pool.submit(call)
+        _pool.submit(turn.take)
     except RuntimeError:  # the interpreter is about to end, or the system has no thread left
-        return None
+        pass
 
 
 def _forget() -> None:

@@ -15,7 +15,7 @@ from steerrec.kernels import Floats, _compiled, _vector
 from steerrec.lanes import COLUMNS, ROW_COLUMNS, ROWS, few_rows, one_row
 
 _FEW = 3  # so many rows take as long as `ROWS`
-_SIDE_BY_SIDE = 8  # as many as the processor foresees
+_SIDE_BY_SIDE = 8  # rows of the encoder: a processor fetches ahead in as many places
 
 
 @_compiled()
@@ -39,7 +39,8 @@ def _encode(
         for r in range(rows):
             _encode_one(x + 4 * r * size, size, encoder, bias, out[r])
         return
-    here, width, at = x, out.shape[1], np.int64(out.ctypes.data)
+    here: Any = x
+    width, at = out.shape[1], np.int64(out.ctypes.data)
     if rows < ROWS:
         vectors, here = _vector(x, rows * size), np.int64(padded.ctypes.data)
         for i in range(rows * size):

@@ -17,7 +17,7 @@ from steerrec.handles import hook_method
 from steerrec.nested import describe, get_in, tensors_in
 from steerrec.sites import Lengths, RealMask, Site, TokenIds, get_module
 
-_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_USUAL = {torch.int64, torch.int32}
 
 
 class Handle(Protocol):
@@ -231,13 +231,15 @@ class Forwards:
         axes = 2 if isinstance(source, TokenIds) else 1
         if len(args) == 1 and not kwargs:  # as nearly always: the least that can be done
             only = args[0]
-            if isinstance(only, Tensor) and only.ndim == axes and only.dtype in _INTEGERS:
+            if isinstance(only, Tensor) and only.ndim == axes and only.dtype in _USUAL:
                 return only
         given = args
         if kwargs or not all(isinstance(value, Tensor) for value in args):
             given = tuple(tensor for _, tensor in tensors_in((args, kwargs)))
         candidates = [
-            tensor for tensor in given if tensor.ndim == axes and tensor.dtype in _INTEGERS
+            tensor
+            for tensor in given
+            if tensor.ndim == axes and not tensor.is_floating_point() and tensor.dtype != torch.bool
         ]
         if len(candidates) > 1 and isinstance(source, TokenIds):
             raise SiteError(

@@ -5,8 +5,10 @@ Arrays in, arrays out: what may be computed so is for the callers to know. Recip
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +27,11 @@ Indices = NDArray[np.int64]
 _FINITE = {"nnan", "ninf", "nsz", "reassoc", "contract"}  # assumed only where it was looked at
 
 
+_SOURCES = [*Path(__file__).parent.glob("*kernels.py"), Path(__file__).with_name("lanes.py")]
+_DIGEST = hashlib.sha256(b"".join(map(Path.read_bytes, sorted(_SOURCES)))).hexdigest()[:16]
+"""Of all loops: one is compiled into another, and numba does not notice that the other changed."""
+
+
 def _compiled(
     signature: str | None = None, *, fastmath: set[str] | bool = False
 ) -> Callable[[Function], Function]:
@@ -34,6 +41,7 @@ def _compiled(
         jit: Any = partial(njit, nogil=True, fastmath=fastmath)
         signatures = () if signature is None else (signature,)
         compiled: Function
+        function.__qualname__ += f"_{_DIGEST}"  # part of the name of the file that it is kept in
         try:
             compiled = jit(*signatures, cache=True)(function)
         except Exception:  # nowhere to keep it, no room there, or what is kept is damaged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from llvmlite import binding, ir
@@ -16,14 +17,16 @@ _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
 def _registers() -> tuple[int, int]:
-    """Floats in a vector register of this processor, and in how many a row's products are summed.
+    """Floats in a vector register of this processor, and registers of columns taken at once.
 
-    Of the 16 or 32 registers that there are, rows of products take most.
+    The sums of `ROWS` rows are to fit into the 16 or 32 registers that there are.
     """
     features = binding.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 4
-    return (8, 2) if features.get("avx2") else (4, 2)
+    if features.get("avx2"):
+        return 8, 2
+    return (4, 4) if platform.machine() in ("aarch64", "arm64") else (4, 2)
 
 
 _FLOATS, _BESIDE = _registers()

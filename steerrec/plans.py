@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 128
 """On a CPU torch steers so many user vectors at once: their pre-activations stay in its cache."""
 
-_SHARE = 32
+_SHARE = 64
 """A thread is given at least so many, or handing them over would cost what it saves."""
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -127,17 +127,19 @@ class Plan:
             vectors = vectors.contiguous()
         batch, width = vectors.shape
         out = torch.empty(len(strengths), batch, width)
-        places, tables = (vectors.data_ptr(), out.data_ptr()), (*self._tables, end)
+        tables = *self._tables, end
         if batch < 2 * _SHARE:
+            places = vectors.data_ptr(), out.data_ptr()
             done = loops.steered(*places, 0, batch, batch, strengths, *tables)
         else:
-            each = strengths.shape[1] > 1
 
-            def steer(rows: range) -> bool:
-                own = strengths[:, rows.start : rows.stop] if each else strengths
-                own = np.ascontiguousarray(own)
-                done: bool = loops.steered(*places, rows.start, len(rows), batch, own, *tables)
-                return done
+            def steer(rows: range) -> bool:  # it holds all whose addresses it hands over
+                here = strengths
+                if strengths.shape[1] > 1:
+                    here = np.ascontiguousarray(strengths[:, rows.start : rows.stop])
+                places = vectors.data_ptr(), out.data_ptr()
+                done: bool = loops.steered(*places, rows.start, len(rows), batch, here, *tables)
+                return done and self.usable
 
             done = all(beside([partial(steer, rows) for rows in shares(batch, _SHARE)]))
         if not done:

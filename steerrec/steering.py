@@ -211,7 +211,10 @@ class SteerTransform(nn.Module):
         super().__init__()
         # a copy: moving or casting the transform must not touch the caller's SAE
         self.sae = copy.deepcopy(sae).requires_grad_(False)
-        bias = (sae.b_enc - sae.b_dec @ sae.W_enc).detach()  # (x - b_dec) W + b = x W + bias
+        for parameter in self.sae.parameters():
+            parameter.data = parameter.data.contiguous()  # as the compiled loop reads them
+        here = self.sae
+        bias = (here.b_enc - here.b_dec @ here.W_enc).detach()  # (x - b_dec) W + b = x W + bias
         self.register_buffer("bias", bias, persistent=False)
         self._set(steering)
 

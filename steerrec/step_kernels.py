@@ -218,7 +218,7 @@ def steered(
     moved, changes = np.empty(width, np.float32), np.zeros(width, np.float32)
     values, nothing = np.empty(len(factors), np.float32), np.zeros(size, np.float32)
     active = k if len(floor) == 0 else width
-    most = len(terms) * (2 * active + 1)  # a shift has what is active before and after, others less
+    most = len(terms) * (active + 1) + active + 1  # of each term, of what is pending, and to spare
     pieces, weights = np.empty((2, most), np.int64), np.empty((2, most), np.float32)
     turn, waiting, out, onto = 0, -1, nothing, nothing
     for r in range(rows):

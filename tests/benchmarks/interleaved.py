@@ -31,7 +31,7 @@ class Timing(NamedTuple):
     high: float
 
 
-def compare(named, *, rounds, clock=time.perf_counter):
+def compare(named, *, rounds, clock=time.perf_counter, before=0):
     """Seconds of each function, called in turns that begin with another one each round.
 
     Parameters
@@ -42,6 +42,9 @@ def compare(named, *, rounds, clock=time.perf_counter):
         How often each is called, after a warm-up.
     clock
         `time.perf_counter`, or `time.process_time` for the work of all threads of this process.
+    before
+        How often each is called just before it is timed: then what it reads is in the cache, as it
+        is where no other runs in turn with it.
 
     Returns
     -------
@@ -52,8 +55,11 @@ def compare(named, *, rounds, clock=time.perf_counter):
     for turn in range(-2, rounds):
         for step in range(len(names)):
             place = (turn + step) % len(names)
+            function = named[names[place]]
+            for _ in range(before):
+                function()
             start = clock()
-            named[names[place]]()
+            function()
             if turn >= 0:
                 taken[turn, place] = clock() - start
     ratios = taken / taken[:, :1]

@@ -1,6 +1,7 @@
 """`beside`: parts of one job in several threads."""
 
 import os
+import signal
 import threading
 from functools import partial
 
@@ -34,7 +35,8 @@ def threads():
         (2, 0, [range(0)]),
     ],
 )
-def test_shares(threads, number, rows, expected):
+def test_shares(threads, monkeypatch, number, rows, expected):
+    monkeypatch.setattr(module, "_MOST", 64)
     threads(number)
     assert shares(rows, 32) == expected
 
@@ -57,19 +59,58 @@ def test_results_come_in_the_order_of_the_calls():
 def test_a_call_that_no_thread_has_begun_is_made_here(monkeypatch):
     class Busy:
         def submit(self, call):
-            return module.Future()  # which nobody will ever run
+            pass  # nobody will ever run it
 
     monkeypatch.setattr(module, "_pool", Busy())
     assert beside([threading.get_ident] * 3) == [threading.get_ident()] * 3
 
 
-def test_without_threads_all_calls_are_made_here(monkeypatch):
-    class Ended:
-        def submit(self, call):
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+def test_where_no_thread_can_be_started_each_call_is_made_once(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(module, "_pool", Ended())
+    made = []
+    monkeypatch.setattr(module, "_pool", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        beside([partial(made.append, n) for n in range(3)])
+    assert made == [0, 1, 2]
+    both = threading.Barrier(2, timeout=60)
+    beside([both.wait, both.wait])  # a thread at last, which finds in the queue what was left there
+    assert made == [0, 1, 2]
+
+
+def test_after_the_pool_has_ended_all_calls_are_made_here(monkeypatch):
+    pool = module.ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(module, "_pool", pool)
     assert beside([threading.get_ident] * 3) == [threading.get_ident()] * 3
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interruption_is_raised_only_when_all_calls_have_ended(times):
+    begun, interrupted, ended = threading.Event(), [], []
+
+    def other():
+        begun.set()
+        for _ in range(times):
+            threading.Event().wait(0.1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        threading.Event().wait(0.3)
+        ended.append(True)
+
+    def interrupt(*_):
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            beside([partial(begun.wait, 60), other])
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    assert ended
+    assert len(interrupted) == times
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -116,7 +157,7 @@ def transform():
     return SteerTransform(sae, Steering(randn(LATENTS, seed=1)))
 
 
-@pytest.mark.parametrize("users", [1, 63, 64, 129, 300, 700])
+@pytest.mark.parametrize("users", [1, 63, 127, 128, 300, 700])
 @pytest.mark.parametrize("each", [False, True], ids=["one strength", "one a user"])
 def test_steered_vectors_do_not_depend_on_the_number_of_threads(threads, transform, users, each):
     x = randn(users, WIDTH, seed=2)
@@ -139,10 +180,11 @@ def test_many_threads_may_steer_at_the_same_time(transform):
     assert all(torch.equal(each, expected) for each in found)
 
 
-def test_numbers_that_are_not_finite_go_to_torch_from_any_share(threads, transform):
+@pytest.mark.parametrize("place", [0, 149, 150, 299])
+def test_numbers_that_are_not_finite_go_to_torch_from_any_share(threads, transform, place):
     threads(2)
     x = randn(300, WIDTH, seed=2)
-    x[299, 0] = torch.inf
+    x[place, 0] = torch.inf
     with torch.no_grad():
         found = transform(x)
         expected = transform._by_torch(x, 1.0)

@@ -1,7 +1,11 @@
 """The compiled loops: the same as torch operations give, and left aside where torch is needed."""
 
+import os
+import shutil
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+import steerrec
 from steerrec import compiled
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.compiled import as_arrays, kernels, step_kernels
@@ -283,6 +288,30 @@ def test_a_compiler_that_fails_leaves_it_to_torch(monkeypatch):
         forget_loops()
 
 
+@pytest.mark.slow  # it compiles all of them twice
+def test_loops_are_compiled_anew_where_one_that_is_part_of_them_has_changed(tmp_path):
+    """numba looks at the file of the function alone."""
+    package, there = Path(steerrec.__file__).parent, tmp_path / "steerrec"
+    shutil.copytree(package, there, ignore=shutil.ignore_patterns("__pycache__", "page"))
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def sizes():
+        script = "import steerrec, steerrec.step_kernels; print(steerrec.__file__)"
+        command = [sys.executable, "-c", script]
+        found = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip().startswith(str(tmp_path))
+        return {path.name for path in (tmp_path / "cache").rglob("*steered*.nbc")}
+
+    once = sizes()
+    assert once
+    assert sizes() == once
+    with (there / "lanes.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert len(sizes()) == 2 * len(once)
+
+
 def test_more_than_there_are_is_refused_as_torch_does():
     with pytest.raises(RuntimeError, match="out of range"):
         largest(torch.randn(2, 8), 9)
@@ -349,6 +378,30 @@ def test_the_loop_and_torch_make_the_same_lists(calls, monkeypatch):
     by_torch = best_in_chunks(scores, 10, 700)
     assert torch.equal(by_loop.ids, by_torch.ids)
     assert torch.equal(by_loop.values, by_torch.values)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("row", [None, 0, 10, 19])
+def test_lists_are_made_by_several_threads(calls, monkeypatch, threads, row):
+    scores = torch.randint(0, 50, (20, 3000), generator=generator()).float()
+    whole = best_in_chunks(scores, 10, 700)
+    assert len(calls) == 5
+    monkeypatch.setattr("steerrec.ranking._SHARE", 1000)
+    monkeypatch.setattr("steerrec.beside._MOST", threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        if row is None:
+            found = best_in_chunks(scores, 10, 700)
+            assert torch.equal(found.ids, whole.ids)
+            assert torch.equal(found.values, whole.values)
+            assert len(calls) == 5 + 5 * threads
+        else:
+            scores[row, 2000] = torch.nan
+            with pytest.raises(ModelError, match="a score is NaN"):
+                best_in_chunks(scores, 10, 700)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_torch_has_begun_the_loop_can_go_on_with(monkeypatch):

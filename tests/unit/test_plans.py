@@ -70,7 +70,7 @@ def recipes(sae):
     return st.recursive(strengths, larger, max_leaves=5)
 
 
-SIZES = [(512, 16, 5), (100, 7, 3), (40, 5, 40), (64, 64, 1), (130, 9, 33), (8, 3, 2)]
+SIZES = [(512, 16, 5), (600, 13, 7), (100, 7, 3), (40, 5, 40), (64, 64, 1), (130, 9, 33), (8, 3, 2)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,6 +218,16 @@ def test_a_gate_of_several_terms_is_asked_for_each(transform):
     assert 0 < int(fires.sum()) < len(X)
     assert torch.equal(found[~fires], X[~fires])
     torch.testing.assert_close(found[fires], require_same(both.transform(sae))[fires])
+
+
+def test_an_encoder_in_another_layout_is_copied_into_the_usual_one():
+    usual = random_sae(64, 8, 4)
+    other = copy.deepcopy(usual)
+    other.W_enc.data = usual.W_enc.data.T.contiguous().T
+    assert not other.W_enc.is_contiguous()
+    shift = leaf("shift", usual, 1)
+    assert torch.equal(require_same(shift.transform(other)), require_same(shift.transform(usual)))
+    assert not other.W_enc.is_contiguous()  # the caller's own is left alone
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
