@@ -115,7 +115,7 @@ class Plan:
         return any(where[name].requires_grad for where, name in self._places)
 
     def steered(self, loops: Any, x: Tensor, strengths: np.ndarray) -> Tensor | None:
-        """Vectors [B, H] at contiguous strengths [A, B] or [A, 1]: [A, B, H].
+        """Vectors [B, H] at contiguous strengths [A, B] or [A, 1]: [A, B, H], or [B, H] if A is 1.
 
         In the dtype of the vectors; None, since torch has to do it, if a number on the way is not
         finite.
@@ -126,7 +126,8 @@ class Plan:
         if not vectors.is_contiguous():
             vectors = vectors.contiguous()
         batch, width = vectors.shape
-        out = torch.empty(len(strengths), batch, width)
+        number = len(strengths)
+        out = torch.empty(batch, width) if number == 1 else torch.empty(number, batch, width)
         tables = *self._tables, end
         if batch < 2 * _SHARE:
             places = vectors.data_ptr(), out.data_ptr()
@@ -193,8 +194,7 @@ def steered(transform: SteerTransform, x: Tensor, strength: float | Tensor) -> T
     else:
         strengths = found[0].strengths_of(strength)
     plan, loops = found
-    out = plan.steered(loops, x, strengths)
-    return None if out is None else out[0]
+    return plan.steered(loops, x, strengths)
 
 
 def _row_of(factor: Factor, operands: list[Tensor]) -> list[int]:

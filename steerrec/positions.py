@@ -264,6 +264,8 @@ def oriented(site: Site, tensor: Tensor) -> Tensor:
 
 def put_rows(site: Site, emitted: Tensor, place: Place, rows: Tensor, new_rows: Tensor) -> Tensor:
     """A new tensor like `emitted` with the site's rows exchanged."""
+    if type(place.last) is int and site.layout == "BLH" and emitted.shape[1] == place.items == 1:
+        return new_rows.unsqueeze(1)  # a single request, and nothing but its row
     if emitted.is_nested:
         values = _put(emitted.values(), place, rows, new_rows)
         return torch.nested.nested_tensor_from_jagged(values, _offsets(emitted))
