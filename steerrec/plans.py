@@ -7,7 +7,9 @@ tensor that was exchanged (by moving the module, say) is noticed by its address.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +54,8 @@ class Plan:
 
     def __init__(self, transform: SteerTransform) -> None:
         self._tensors: list[Tensor] = []
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._modules: list[dict[str, Tensor]] = []
+        self._names: list[str] = []
         sae, replaces, terms = transform.sae, transform.step.replaces, transform.step.terms()
         self.usable = False
         self._last = 0.0, np.zeros((1, 1), np.float32)
@@ -92,15 +95,23 @@ class Plan:
 
     def _tensor(self, operand: Operand) -> Tensor:
         """A tensor, remembered with the place where it can be looked up again."""
-        module, name = operand
-        where: Any = module._buffers if name in module._buffers else module._parameters
-        self._places.append((where, name))
-        self._tensors.append(where[name])
-        return self._tensors[-1]
+        owner, name = operand
+        where: Any = owner._buffers if name in owner._buffers else owner._parameters
+        tensor: Tensor = where[name]
+        known = zip(self._modules, self._names, strict=True)
+        if not any(where is module and name == other for module, other in known):
+            self._tensors.append(tensor)
+            self._modules.append(where)
+            self._names.append(name)
+        return tensor
 
     def holds(self) -> bool:
         """Whether all tensors are where they were."""
-        return [where[name].data_ptr() for where, name in self._places] == self._addresses
+        return list(map(Tensor.data_ptr, self._now())) == self._addresses  # in C, at each call
+
+    def _now(self) -> Iterator[Tensor]:
+        """The tensors that are now where those of the plan were."""
+        return map(getitem, self._modules, self._names)
 
     def strengths_of(self, strength: float) -> np.ndarray:
         """A strength for all rows as the loop takes it, [1, 1]; the one of last time is kept."""
@@ -112,7 +123,7 @@ class Plan:
 
     def wants_gradients(self) -> bool:
         """Whether gradients of a tensor of the recipe are wanted."""
-        return any(where[name].requires_grad for where, name in self._places)
+        return any(tensor.requires_grad for tensor in self._now())
 
     def steered(self, loops: Any, x: Tensor, strengths: np.ndarray) -> Tensor | None:
         """Vectors [B, H] at contiguous strengths [A, B] or [A, 1]: [A, B, H], or [B, H] if A is 1.
