@@ -14,9 +14,12 @@ import torch
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.gates import NeuronGate, TasteGate, gated
 from steerrec.operations import LatentSteering, ResponseSteering
+from steerrec.ranking import top_k
+from steerrec.recommender import ItemHead
 from steerrec.steering import Steering
 
 from .interleaved import compare, show
+from .test_serving_cost import histories, host
 
 WIDTH, LATENTS, K = 64, 4096, 32  # the SAE of the ML-1M experiment
 
@@ -66,3 +69,23 @@ def test_ratios(users, capsys):
         show(f"{users} user vectors, CPU time as a multiple of the rule's", found)
     if users > 1:
         assert max(timing.ratio for timing in found.values()) < 2
+
+
+@pytest.mark.parametrize(("batch", "rounds"), [(256, 60), (1, 500)])
+def test_in_serving(batch, rounds):
+    """Forward of the reference SASRec, the recipe, scores of 3,416 items and the ten best."""
+    ids, model = histories(batch), host()
+    last = (ids != 0).sum(dim=1).clamp_min(1) - 1
+    head, named = ItemHead(model.item_matrix), {}
+    rule = RULE.transform(SAE)
+
+    def lists(transform):
+        vectors = model(ids, newest=last).last_hidden_state[:, 0]
+        return top_k(transform(vectors), head, 10)
+
+    for name, recipe in RECIPES.items():
+        named[name] = partial(lists, rule.with_steering(recipe))  # of one SAE
+    with torch.no_grad():
+        found = compare(named, rounds=rounds)
+        assert not torch.equal(named["rule"]().ids, named["responses"]().ids)
+    show(f"forward, recipe, scores and ten best, batch {batch}", found)
