@@ -116,7 +116,7 @@ def _dot(one: Floats, other: Floats) -> Any:
 
 @_compiled(
     "void(int64[::1], int64[::1], float32[::1], boolean[::1], float32[:, ::1], float32[:, ::1], "
-    "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[::1])",
+    "float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], int64, int64)",
     fastmath={"contract"},
 )
 def add_gradients(
@@ -131,8 +131,13 @@ def add_gradients(
     to_encoder: Floats,
     to_bias: Floats,
     to_values: Floats,
+    first: int,
+    stop: int,
 ) -> None:
     """Add the gradients of a loss of ``sum_n values[n] * decoder[columns[n]]``.
+
+    Those of other latents can be added at the same time elsewhere: each latent's are always added
+    in the order of the rows.
 
     Parameters
     ----------
@@ -150,12 +155,16 @@ def add_gradients(
         Where gradients are added: [d_sae, H], [d_sae, H] (the encoder transposed) and [d_sae].
     to_values
         Where those of the values go, [N].
+    first, stop
+        Of which latents: from the first until before the second.
     """
     width = upstream.shape[1]
     for r in range(len(upstream)):
         above, x = upstream[r], centred[r]
         for n in range(offsets[r], offsets[r + 1]):
             j, value = columns[n], values[n]
+            if j < first or j >= stop:
+                continue
             slope = _dot(above, decoder[j])
             to_values[n] = slope
             if value != 0:

@@ -8,6 +8,7 @@ which latents are dead in `training`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,13 @@ from steerrec.autoencoder import (
     SparseAutoencoder,
     fraction_of_variance_unexplained,
 )
+from steerrec.beside import beside, shares
 from steerrec.compiled import as_arrays, jump_kernels
 from steerrec.sae_rules import Entries, Rule
 from steerrec.selection import largest
+
+_ENTRIES = 10_000
+"""Entries that are worth handing to several threads."""
 
 
 class Losses(NamedTuple):
@@ -178,16 +183,26 @@ class _Gradients:
     def sums(self, found: Entries, latents: Tensor) -> Tensor:
         """What the latents [N] decode to, less the bias: [B, H]."""
         out = torch.empty_like(self.centred)
-        self.loops.sums_of_rows(*_arrays(found.offsets, found.columns, latents, self.decoder, out))
+        offsets, *entries, decoder, sums = _arrays(
+            found.offsets, found.columns, latents, self.decoder, out
+        )
+        calls = []
+        for rows in _shares(len(out), len(latents)):
+            here = offsets[rows.start : rows.stop + 1], *entries, decoder
+            calls.append(partial(self.loops.sums_of_rows, *here, sums[rows.start : rows.stop]))
+        beside(calls)
         return out
 
     def add(self, found: Entries, latents: Tensor, passes: Tensor, upstream: Tensor) -> Tensor:
         """Take in the gradients of `sums` [B, H]; returns those of the latents, [N]."""
         to_latents = torch.empty_like(latents)
-        self.loops.add_gradients(
+        arrays = (
             *_arrays(found.offsets, found.columns, latents, passes, upstream, self.centred),
             *_arrays(self.decoder, self.to_decoder, self.to_encoder, self.to_bias, to_latents),
         )
+        parts = _shares(self.sae.d_sae, len(latents))
+        add = self.loops.add_gradients
+        beside([partial(add, *arrays, part.start, part.stop) for part in parts])
         return to_latents
 
     def give(self, upstream: Tensor) -> None:
@@ -196,6 +211,11 @@ class _Gradients:
         sae.W_dec.grad, sae.b_enc.grad = self.to_decoder, self.to_bias
         sae.W_enc.grad = self.to_encoder.T.contiguous()
         sae.b_dec.grad = upstream.sum(dim=0) - sae.W_enc @ self.to_bias
+
+
+def _shares(number: int, entries: int) -> list[range]:
+    """Numbers 0 to `number` shared among threads if there are entries enough."""
+    return shares(number, 1) if entries >= _ENTRIES else [range(number)]
 
 
 def _arrays(*tensors: Tensor) -> Sequence[Any]:

@@ -26,6 +26,24 @@ def test_indices_are_those_of_a_full_sort(rows, width):
     assert torch.equal(entries, values.gather(1, indices))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_rows_are_shared_among_threads(monkeypatch, threads):
+    values = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    values[7] = 1.0  # ties
+    alone = largest(values, 9)
+    monkeypatch.setattr("steerrec.selection._SHARE", 3000)
+    monkeypatch.setattr("steerrec.beside._MOST", threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = largest(values, 9)
+        values[49, 0] = torch.nan  # of the last share: torch's own order, NaN first
+        assert (largest(values, 9)[1][49] == 0).any()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 40), levels=st.integers(1, 4))
 def test_entries_are_right_among_ties_and_infinities(seed, k, levels):
