@@ -51,9 +51,12 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads):
     monkeypatch.setattr(sae_steps, "_ENTRIES", 1)
     monkeypatch.setattr(beside, "_MOST", threads)
     begun = []
-    monkeypatch.setattr(
-        sae_steps, "beside", lambda calls: begun.append(calls) or beside.beside(calls)
-    )
+
+    def counted(calls):
+        begun.append(len(calls))
+        return beside.beside(calls)
+
+    monkeypatch.setattr(sae_steps, "beside", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
