@@ -88,9 +88,10 @@ def score(
     from steerrec.agreement import attribution_study
     from steerrec.artifacts import save_result, save_table
     from steerrec.attribution import score_neurons
-    from steerrec.attribution_columns import add_columns, checked_columns
+    from steerrec.attribution_columns import add_columns, checked_columns, columns_of
     from steerrec.card import NEURONS
     from steerrec.contrasts import item_contrast
+    from steerrec.errors import ArtifactError
     from steerrec.explaining import table_in_words
     from steerrec.recommender import fingerprint
 
@@ -123,6 +124,10 @@ def score(
     wanted = checked_columns(names, scored=here.site == rec.site)
     if causal is not None:
         wanted.append("causal_effect")
+    if by is not None and by not in (there := columns_of(wanted)):
+        raise ArtifactError(
+            f"--by: the table will have no column {by!r}; it will have {', '.join(sorted(there))}"
+        )
     split = opt.split_for(rec, interactions)
     sae, catalogue = here.sae.to(device), opt.catalogue_for(rec, interactions)
     # every contrast is understood before the first is scored
@@ -149,7 +154,6 @@ def score(
                 seed=seed,
             )
         column = by or table.ranking
-        table.signed(column)  # an unknown column is an error before anything is written
         found = None if study is None else attribution_study(table, least_active=least_active)
         described = None
         if here.site == rec.site:

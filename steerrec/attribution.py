@@ -22,6 +22,13 @@ from steerrec.recommender import Recommender, user_vectors
 from steerrec.separation import aurocs, point_biserial
 from steerrec.sites import Site
 
+COLUMNS = (
+    *("cohens_d", "cohens_d_se", "mean_a", "mean_b", "std_a", "std_b"),
+    *("firing_rate_a", "firing_rate_b", "zero_variance"),
+    *("point_biserial", "point_biserial_low", "point_biserial_high", "auroc", "auroc_se"),
+)
+"""What `score_neurons` fills in."""
+
 RANKING = ("grad_attribution", "cohens_d")
 """By which column neurons are ranked unless another is named: the first that a table has."""
 
@@ -205,7 +212,7 @@ def score_groups(
     d, error, zero = cohens_d(a, b)
     r, low, high = point_biserial(a.mean, b.mean, a.variance, b.variance, a.n, b.n)
     area, area_error = aurocs(sae, *ranked)
-    columns = {
+    columns = {  # `COLUMNS`
         "cohens_d": d,
         "cohens_d_se": error,
         "mean_a": a.mean,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steerrec.activations import collect_user_vectors
-from steerrec.attribution import AttributionTable, cohens_d
+from steerrec.attribution import COLUMNS, AttributionTable, cohens_d
 from steerrec.autoencoder import SparseAutoencoder
 from steerrec.causal import causal_effects
 from steerrec.data import Histories
@@ -176,6 +176,18 @@ def checked_columns(columns: Sequence[str] | None, *, scored: bool) -> list[str]
                 f"this site there are {', '.join((*ANYWHERE, CAUSAL))}"
             )
     return list(dict.fromkeys(columns))
+
+
+def columns_of(added: Sequence[str]) -> set[str]:
+    """All columns of a table to which these have been added."""
+    found = {*COLUMNS, *added}
+    if {*added} - {"logit_attribution", CAUSAL}:
+        found |= {"mean_latent_users", "firing_rate_users"}
+    if "cohens_d_users" in added:
+        found.add("cohens_d_users_se")
+    if CAUSAL in added:
+        found |= {f"causal_{name}" for name in ("effect_se", "gini", "active", "measured")}
+    return found
 
 
 def _between_tastes(

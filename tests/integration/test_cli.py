@@ -246,10 +246,11 @@ def test_wrong_options_of_score(cli, world, tmp_path):
     for options, code, message in (
         (("--causal", "many"), 2, "expected a number of neurons, or all"),
         (("--columns", "taste"), 1, "no column 'taste' can be added; there are cohens_d_users"),
-        (("--by", "taste"), 1, "no column 'taste'; it has auroc"),
+        (("--by", "taste"), 1, "will have no column 'taste'; it will have auroc"),
         (("-k", "9999"), 1, "choose k between 1 and 80"),
     ):
         result = cli(*score, *options)
+        assert "synthetic users" not in result.err  # before anything is scored
         assert result.code == code
         assert message in " ".join(result.err.replace("│", " ").split())
         assert tables(copy) == before

@@ -10,7 +10,7 @@ import torch
 from steerrec.activations import collect_user_vectors
 from steerrec.artifacts import Artifact, load_artifact
 from steerrec.attribution import AttributionTable, score_groups, score_neurons
-from steerrec.attribution_columns import add_columns, checked_columns
+from steerrec.attribution_columns import add_columns, checked_columns, columns_of
 from steerrec.causal import causal_effects
 from steerrec.data import Histories
 from steerrec.effects import grad_attribution, logit_slopes, mean_latents
@@ -43,6 +43,14 @@ def scored(contrast=POPULARITY, **options):
 
 def added(contrast=POPULARITY, table=None, **options):
     return add_columns(table or scored(contrast), REC, SAE, contrast, TRAIN, **options)
+
+
+@pytest.mark.parametrize("number", range(32))
+def test_which_columns_there_will_be_is_known_before(number):
+    wanted = [name for place, name in enumerate(EVERY) if number >> place & 1]
+    assert set(added(columns=wanted, k=3).columns if wanted else scored().columns) == columns_of(
+        wanted
+    )
 
 
 @pytest.mark.parametrize("contrast", [POPULARITY, ODD], ids=["popularity", "any"])
