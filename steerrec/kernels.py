@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,18 @@ Indices = NDArray[np.int64]
 _FINITE = {"nnan", "ninf", "nsz", "reassoc", "contract"}  # assumed only where it was looked at
 
 
-_SOURCES = [*Path(__file__).parent.glob("*kernels.py"), Path(__file__).with_name("lanes.py")]
-_DIGEST = hashlib.sha256(b"".join(map(Path.read_bytes, sorted(_SOURCES)))).hexdigest()[:16]
-"""Of all loops: one is compiled into another, and numba does not notice that the other changed."""
+def _digest() -> str:
+    """Of all loops: one is compiled into another, and numba does not notice that it changed."""
+    here = Path(__file__)
+    try:
+        sources = [*here.parent.glob("*kernels.py"), here.with_name("lanes.py")]
+        found = b"".join(map(Path.read_bytes, sorted(sources)))
+    except OSError:  # an installation without sources, or in an archive, is that of a release
+        found = version("steerrec").encode()
+    return hashlib.sha256(found).hexdigest()[:16]
+
+
+_DIGEST = _digest()
 
 
 def _compiled(

@@ -63,7 +63,7 @@ def _steered(x: Tensor, transform: SteerTransform, alphas: Sequence[float]) -> T
 
 
 def _compiled(x: Tensor, transform: SteerTransform, alphas: Sequence[float]) -> Tensor | None:
-    """The same by the compiled loop; None if torch has to do it."""
+    """The same by the compiled loop, or [B, H] at one strength; None if torch has to do it."""
     found = planned(transform, x)
     if found is None:
         return None

@@ -71,6 +71,7 @@ class Plan:
                 if id(factor) not in factors:  # a gate of several terms is asked once
                     operands = [self._tensor(operand) for operand in factor.operands]
                     factors[id(factor)] = factor, operands
+        self._memory = [tensor.detach() for tensor in self._tensors]  # none gets an old address
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         if terms is None or not all(map(_fits, self._tensors)):
             return
@@ -173,7 +174,10 @@ def planned(transform: SteerTransform, x: Tensor) -> tuple[Plan, Any] | None:
     Torch has to in a graph that is being recorded, where gradients are wanted, under a mode or a
     transform of functorch, on another device and in another dtype.
     """
-    if not x.is_cpu or not has_values(x):
+    if not x.is_cpu:
+        transform._plan = None  # it would hold the memory that the transform had here
+        return None
+    if not has_values(x):
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None

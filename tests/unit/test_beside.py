@@ -1,8 +1,11 @@
 """`beside`: parts of one job in several threads."""
 
+import contextlib
+import gc
 import os
 import signal
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -17,8 +20,9 @@ WIDTH, LATENTS, K = 16, 256, 8
 
 
 @pytest.fixture
-def threads():
+def threads(monkeypatch):
     """Set how many threads torch uses, for one test."""
+    monkeypatch.setattr(module, "_MOST", 64)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -35,8 +39,7 @@ def threads():
         (2, 0, [range(0)]),
     ],
 )
-def test_shares(threads, monkeypatch, number, rows, expected):
-    monkeypatch.setattr(module, "_MOST", 64)
+def test_shares(threads, number, rows, expected):
     threads(number)
     assert shares(rows, 32) == expected
 
@@ -56,13 +59,61 @@ def test_results_come_in_the_order_of_the_calls():
     assert beside([partial(pow, 2, n) for n in range(9)]) == [2**n for n in range(9)]
 
 
-def test_a_call_that_no_thread_has_begun_is_made_here(monkeypatch):
-    class Busy:
-        def submit(self, call):
-            pass  # nobody will ever run it
+class Nobody:
+    """A pool whose threads are all busy."""
 
-    monkeypatch.setattr(module, "_pool", Busy())
+    def __init__(self):
+        self.waiting = []
+
+    def hand_over(self, turn):
+        self.waiting.append(turn)
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    pool = Nobody()
+    monkeypatch.setattr(module, "_pool", pool)
+    return pool
+
+
+def test_a_call_that_no_thread_has_begun_is_made_here(nobody):
     assert beside([threading.get_ident] * 3) == [threading.get_ident()] * 3
+    assert len(nobody.waiting) == 2
+
+
+def test_a_call_that_nobody_has_begun_is_not_made_after_a_failure(nobody):
+    made = []
+
+    def fail():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        beside([fail, partial(made.append, 1)])
+    for turn in nobody.waiting:
+        turn.take(object())  # a thread at last
+    assert not made
+
+
+def test_what_waits_in_the_queue_and_what_failed_hold_nothing(nobody):
+    class Large:
+        def __call__(self):
+            return 1
+
+    class Failing(Large):
+        def __call__(self):
+            raise ArithmeticError
+
+    gc.disable()
+    try:
+        for calls in ([Large()], [Large(), Large()], [Large(), Failing(), Large()]):
+            held = [weakref.ref(call) for call in calls]
+            with contextlib.suppress(ArithmeticError):
+                beside(calls)
+            calls.clear()
+            assert [call() for call in held] == [None] * len(held)
+        del calls
+    finally:
+        gc.enable()
 
 
 def test_where_no_thread_can_be_started_each_call_is_made_once(monkeypatch):
@@ -70,21 +121,40 @@ def test_where_no_thread_can_be_started_each_call_is_made_once(monkeypatch):
         raise RuntimeError("can't start new thread")
 
     made = []
-    monkeypatch.setattr(module, "_pool", None)
+    monkeypatch.setattr(module, "_pool", module._Pool())
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         beside([partial(made.append, n) for n in range(3)])
     assert made == [0, 1, 2]
     both = threading.Barrier(2, timeout=60)
-    beside([both.wait, both.wait])  # a thread at last, which finds in the queue what was left there
+    beside([both.wait, both.wait])  # a thread at last
     assert made == [0, 1, 2]
 
 
-def test_after_the_pool_has_ended_all_calls_are_made_here(monkeypatch):
-    pool = module.ThreadPoolExecutor(1)
-    pool.shutdown()
-    monkeypatch.setattr(module, "_pool", pool)
-    assert beside([threading.get_ident] * 3) == [threading.get_ident()] * 3
+def test_there_are_no_more_threads_than_asked_for(monkeypatch):
+    monkeypatch.setattr(module, "_MOST", 2)
+    monkeypatch.setattr(module, "_pool", module._Pool())
+    before = threading.active_count()
+    for _ in range(9):
+        beside([threading.get_ident] * 5)
+    assert threading.active_count() == before + 2
+
+
+def test_an_interruption_of_the_own_call_waits_for_the_others():
+    begun, ended = threading.Event(), []
+
+    def other():
+        begun.set()
+        threading.Event().wait(0.3)
+        ended.append(True)
+
+    def own():
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        beside([own, other])
+    assert ended
 
 
 @pytest.mark.parametrize("times", [1, 3])

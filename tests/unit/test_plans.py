@@ -152,6 +152,17 @@ def test_tensors_that_are_exchanged_are_noticed(transform):
     assert not torch.equal(before, require_same(transform))
 
 
+def test_an_address_that_comes_back_is_not_taken_for_the_same_tensor(transform):
+    x = X
+    require_same(transform)
+    for _ in range(20):  # the allocator likes to give the same memory again
+        weights = transform.sae.W_enc
+        weights.data = weights.data.clone().mul_(1.01)
+        weights.data = weights.data.clone().t().contiguous().t()
+        transform_now, expected = transform(x), by_torch(transform, x)
+        torch.testing.assert_close(transform_now, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_another_recipe_in_its_place(transform):
     before = require_same(transform)
     other = all_terms(random_sae(128, 8, 5)) * 2.0
