@@ -85,14 +85,13 @@ class _Turn(Generic[Result]):
         except BaseException as error:
             self.error = error
         finally:
-            self._call = None  # what waits in a queue holds nothing
             self._ended = True
             self._end.release()
 
     def wait(self, who: object) -> None:
         """Until the call has ended, or will never be made since nobody else has taken it."""
         if self._taken.setdefault(None, who) is who:
-            self._call = None
+            self._call = None  # what still waits in a queue holds nothing
             return
         while not self._ended:
             self._end.acquire(timeout=1)
